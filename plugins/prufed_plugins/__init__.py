@@ -1,0 +1,1 @@
+"""The middle floor: what methods do. Pure computation; no registry, no CLI, no printing."""

@@ -1,0 +1,487 @@
+"""What a plugin is: the hooks it may implement, and the contract of each kind of method.
+
+A plugin is a module in the entry-point group ``prufed`` that states ``PRUFED_API`` and implements
+some of the hooks below. A hook yields :class:`Method` descriptions; the implementation that
+``Method.target`` names is imported only when the method runs, so that ``prufed --help`` stays fast
+and a broken dependency costs only the method that needs it.
+
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
+
+import pluggy
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from torch import Tensor, nn
+
+API_VERSION: Final = (1, 0)
+"""(major, minor). A plugin works with the same major and a minor no newer than ours."""
+
+GROUP: Final = "prufed"
+"""The entry-point group in which plugins announce themselves."""
+
+hookspec = pluggy.HookspecMarker(GROUP)
+hookimpl = pluggy.HookimplMarker(GROUP)
+
+Kind = Literal[
+    "pruner",
+    "aggregator",
+    "tuner",
+    "sampler",
+    "partitioner",
+    "optimizer",
+    "privacy",
+    "engine",
+]
+
+HOOKS: Final[Mapping[Kind, str]] = {
+    "pruner": "prufed_pruners",
+    "aggregator": "prufed_aggregators",
+    "tuner": "prufed_tuners",
+    "sampler": "prufed_samplers",
+    "partitioner": "prufed_partitioners",
+    "optimizer": "prufed_optimizers",
+    "privacy": "prufed_privacy",
+    "engine": "prufed_engines",
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method, described without importing it.
+
+    Attributes:
+        name: what a user types, ``[a-z0-9-]+``.
+        target: ``package.module:Class``; the class is constructed with one ``params`` instance.
+        params: a frozen pydantic model with ``extra="forbid"``, defined in a torch-free module.
+        summary: one line for ``prufed plugins``.
+        paper: citation and URL.
+        requires: distributions that must be installed for the method to run.
+    """
+
+    name: str
+    target: str
+    params: type[BaseModel]
+    summary: str
+    paper: str | None = None
+    requires: tuple[str, ...] = ()
+
+
+class HookSpecs:
+    """The hooks. Each takes nothing and yields :class:`Method` descriptions."""
+
+    @hookspec
+    def prufed_pruners(self) -> Iterable[Method]:
+        """Yield methods whose target implements :class:`Pruner`."""
+        raise NotImplementedError
+
+    @hookspec
+    def prufed_aggregators(self) -> Iterable[Method]:
+        """Yield methods whose target implements :class:`Aggregator`."""
+        raise NotImplementedError
+
+    @hookspec
+    def prufed_tuners(self) -> Iterable[Method]:
+        """Yield methods whose target implements :class:`Tuner`."""
+        raise NotImplementedError
+
+    @hookspec
+    def prufed_samplers(self) -> Iterable[Method]:
+        """Yield methods whose target implements :class:`Sampler`."""
+        raise NotImplementedError
+
+    @hookspec
+    def prufed_partitioners(self) -> Iterable[Method]:
+        """Yield methods whose target implements :class:`Partitioner`."""
+        raise NotImplementedError
+
+    @hookspec
+    def prufed_optimizers(self) -> Iterable[Method]:
+        """Yield methods whose target implements :class:`ServerOptimizer`."""
+        raise NotImplementedError
+
+    @hookspec
+    def prufed_privacy(self) -> Iterable[Method]:
+        """Yield methods whose target wraps the client to server channel."""
+        raise NotImplementedError
+
+    @hookspec
+    def prufed_engines(self) -> Iterable[Method]:
+        """Yield methods whose target runs tuners for clients and brings their updates."""
+        raise NotImplementedError
+
+
+# --- pruning -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PruneTarget:
+    """How much to remove.
+
+    Exactly one of the three is set.
+
+    Attributes:
+        sparsity: share of entries to remove, in [0, 1).
+        pattern: ``(n, m)``: n of every m consecutive inputs of a row are removed.
+        layers: how many decoder layers to remove; a layer pruner also accepts ``sparsity``.
+    """
+
+    sparsity: float | None = None
+    pattern: tuple[int, int] | None = None
+    layers: int | None = None
+
+
+class Decoder(Protocol):
+    """A loaded causal language model, seen as a stack of decoder blocks.
+
+    Attributes:
+        prefix: module path of the stack, ``model.layers`` for Llama.
+        blocks: the decoder blocks in order.
+    """
+
+    prefix: str
+    blocks: Sequence[nn.Module]
+
+    def linears(self, index: int) -> Mapping[str, nn.Module]:
+        """Return the prunable matrices of block ``index`` by their full module name."""
+
+    def embed(self, batch: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Return what the first block receives for ``batch`` (B, T) of token ids.
+
+        The hidden states are (B, T, H); the dictionary holds the block's keyword arguments
+        (attention mask, position embeddings and so on).
+        """
+
+    def run_block(self, index: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """Return the output (B, T, H) of block ``index``."""
+
+
+@dataclass(frozen=True)
+class PrunedMatrix:
+    """One pruned matrix, ready to be written.
+
+    Attributes:
+        name: full name of the parameter, ``model.layers.0.self_attn.q_proj.weight``.
+        weight: new values in the parameter's own layout and dtype.
+        mask: bool, same shape; True where the entry exists.
+        report: numbers for the report: sparsity, error, dead channels, damping, seconds.
+    """
+
+    name: str
+    weight: Tensor
+    mask: Tensor
+    report: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class KeptLayers:
+    """The decoder layers that remain.
+
+    Attributes:
+        layers: global indices, ascending; local layer j of the sub-model is ``layers[j]``.
+        scores: one score per original layer where the method has scores.
+    """
+
+    layers: tuple[int, ...]
+    scores: tuple[float, ...] | None = None
+
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what, done, total)."""
+
+
+class Pruner(Protocol):
+    """Makes a smaller model out of a loaded one, block by block. It never loads or saves.
+
+    Attributes:
+        result: ``masked`` yields :class:`PrunedMatrix`, ``sliced`` yields one :class:`KeptLayers`.
+        needs_calibration: whether ``calibration`` must be given.
+    """
+
+    result: Literal["masked", "sliced"]
+    needs_calibration: bool
+
+    def prune(
+        self,
+        decoder: Decoder,
+        calibration: Sequence[Tensor] | None,
+        target: PruneTarget,
+        progress: Progress,
+    ) -> Iterator[PrunedMatrix | KeptLayers]:
+        """Yield the results in block order.
+
+        Args:
+            decoder: the model; a masked pruner writes the new weights into it as it goes, so that
+                later blocks see the outputs of the pruned ones.
+            calibration: batches of token ids, each (B, T), without padding.
+            target: how much to remove.
+            progress: told about finished blocks.
+
+        Raises:
+            MethodError: the target cannot be met on this model.
+        """
+
+
+# --- aggregation ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one client sends back.
+
+    Attributes:
+        client: the client's name, unique in the federation.
+        tensors: adapter tensors by *global* name, ``<module>.lora_A.weight`` (r, k) and
+            ``<module>.lora_B.weight`` (d, r); may read from disk on access.
+        masks: bool tensors by the same names, True where the client has the entry; a name that is
+            absent means every entry. None means no masks at all.
+        samples: n_i, rows of data the client trained on.
+        rank: LoRA rank r_i.
+        scaling: s_i, the factor on B A.
+        kept_layers: global indices of the layers the client has.
+        base_round: the round of the global adapter the client started from.
+        weight: extra factor on this client's weight.
+    """
+
+    client: str
+    tensors: Mapping[str, Tensor]
+    masks: Mapping[str, Tensor] | None
+    samples: int
+    rank: int
+    scaling: float
+    kept_layers: tuple[int, ...]
+    base_round: int = 0
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class GlobalState:
+    """The global adapter.
+
+    Attributes:
+        tensors: adapter tensors by global name; the order of names is the order of merging.
+        rank: LoRA rank r.
+        scaling: s, the common scale in which clients are merged.
+        layers: number of decoder layers of the full model.
+    """
+
+    tensors: Mapping[str, Tensor]
+    rank: int
+    scaling: float
+    layers: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """One client's share of one module, in the common scale.
+
+    Attributes:
+        client: the client's name.
+        tensors: ``lora_A.weight`` (r_i, k) and ``lora_B.weight`` (d, r_i), multiplied by
+            sqrt(s_i / s).
+        masks: bool tensors by the same keys; None where every entry is present.
+        samples: n_i.
+        weight: the extra factor of the update.
+        rank: r_i.
+    """
+
+    client: str
+    tensors: Mapping[str, Tensor]
+    masks: Mapping[str, Tensor | None]
+    samples: int
+    weight: float
+    rank: int
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The result for one module.
+
+    Attributes:
+        tensors: new global tensors by the same keys and of the same shapes and dtypes as given.
+        diagnostics: numbers per module: coverage, update norm and the like.
+    """
+
+    tensors: Mapping[str, Tensor]
+    diagnostics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Aggregator(Protocol):
+    """Merges the clients' adapters into the global one, module by module."""
+
+    def prepare(self, updates: Sequence[Update], state: GlobalState) -> None:
+        """Look at all updates before the first merge: refuse what cannot be mixed, take norms.
+
+        Raises:
+            MethodError: the method cannot merge these updates.
+        """
+
+    def merge(self, module: str, parts: Iterable[Part], current: Mapping[str, Tensor]) -> Merged:
+        """Return the new global tensors of one module.
+
+        Args:
+            module: global module name, ``model.layers.3.self_attn.q_proj``.
+            parts: the clients that have this module, in the order of their names. It can be
+                iterated more than once; each iteration reads the files again, one client at a
+                time, so a streaming method keeps its memory independent of their number.
+            current: the global tensors before the round, by the keys of :class:`Part`.
+        """
+
+
+class ServerOptimizer(Protocol):
+    """Turns the aggregate into a step of the global adapter (Reddi et al., 2003.00295)."""
+
+    def step(self, name: str, old: Tensor, aggregate: Tensor, covered: Tensor | None) -> Tensor:
+        """Return the new global tensor; entries where ``covered`` is False stay as they were."""
+
+    def state(self) -> Mapping[str, Tensor]:
+        """Return the optimizer's state, to be kept across a resume."""
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what :meth:`state` returned."""
+
+
+# --- the federation ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ClientInfo:
+    """What the server knows of a client when it samples.
+
+    Attributes:
+        name: unique name.
+        samples: rows of training data.
+        sparsity: share of the base's entries that were removed, as counted.
+        layers: number of decoder layers of its sub-model.
+    """
+
+    name: str
+    samples: int
+    sparsity: float
+    layers: int
+
+
+class Sampler(Protocol):
+    """Decides who trains in a round."""
+
+    def sample(self, round_index: int, clients: Sequence[ClientInfo], seed: int) -> list[str]:
+        """Return the names of the round's clients.
+
+        Args:
+            round_index: 0 for the first round.
+            clients: every client, in the order of the configuration.
+            seed: derived from (run seed, round, purpose).
+        """
+
+
+class Partitioner(Protocol):
+    """Splits one data set over clients."""
+
+    def split(
+        self, categories: Sequence[str | None], clients: Sequence[str], seed: int
+    ) -> dict[str, list[int]]:
+        """Return row indices by client; every client gets at least one row.
+
+        Args:
+            categories: the category of each row, None where a row has none.
+            clients: the clients' names.
+            seed: derived from (run seed, purpose).
+
+        Raises:
+            MethodError: the rows cannot be split so (no categories, too few rows).
+        """
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """One client's tokenised rows.
+
+    Attributes:
+        input_ids: one list of token ids per row.
+        labels: the same lengths; -100 where a token carries no loss.
+    """
+
+    input_ids: Sequence[Sequence[int]]
+    labels: Sequence[Sequence[int]]
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class TuneStep:
+    """One optimizer step, for progress and the journal.
+
+    Attributes:
+        step: 1 for the first.
+        total: number of steps planned.
+        loss: mean loss per token of the step.
+        tokens: tokens seen so far.
+    """
+
+    step: int
+    total: int
+    loss: float
+    tokens: int
+
+
+class AdaptedModel(Protocol):
+    """A base with masked LoRA adapters attached: what a tuner trains.
+
+    Attributes:
+        module: the model to call; only adapter parameters require gradients.
+        parameters: trainable tensors by local name.
+        masks: bool masks by the same names; absent where every entry is trainable.
+    """
+
+    module: nn.Module
+    parameters: Mapping[str, nn.Parameter]
+    masks: Mapping[str, Tensor]
+
+    def project(self) -> None:
+        """Set every masked-out entry of the adapter to exactly zero."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return a copy of the adapter tensors by local name, on the CPU in float32."""
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """What training produced.
+
+    Attributes:
+        tensors: adapter tensors by local name, on the CPU in float32.
+        losses: mean loss per step.
+        tokens: tokens trained on.
+    """
+
+    tensors: Mapping[str, Tensor]
+    losses: Sequence[float]
+    tokens: int
+
+
+class Tuner(Protocol):
+    """Trains an attached adapter on one client's data."""
+
+    def tune(
+        self,
+        model: AdaptedModel,
+        data: TrainingData,
+        seed: int,
+        on_step: Callable[[TuneStep], None],
+        *,
+        round_index: int,
+        pad_token_id: int,
+    ) -> TuneResult:
+        """Return the trained adapter tensors. Masked-out entries are zero at every step.
+
+        Raises:
+            MethodError: the loss became NaN or infinite.
+        """

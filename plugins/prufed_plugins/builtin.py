@@ -1,0 +1,1 @@
+"""The built-in methods, announced through the same hooks as anybody's."""

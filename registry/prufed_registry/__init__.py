@@ -1,0 +1,1 @@
+"""The ground floor: immutable, versioned model artifacts as plain files."""
