@@ -1,6 +1,89 @@
-"""Entry point."""
+"""The entry point: what to import for the command line given, and how errors become exit codes.
+
+``prufed --help`` prints the table below and imports nothing else; a verb imports its own module.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Final
+
+from prufed_cli import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+VERBS: Final[dict[str, dict[str, str]]] = {
+    "Work": {
+        "prune": "Make a smaller model out of a larger one.",
+        "federate": "Fine-tune every client's sub-model and merge the adapters.",
+        "eval": "Score models and adapters with lm-eval tasks and perplexity.",
+        "push": "Publish an artifact on the Hugging Face Hub.",
+        "pull": "Fetch a repository from the Hub into the registry.",
+    },
+    "Registry": {
+        "list": "List artifacts and their versions.",
+        "show": "Show one artifact: recipe, parents, metrics, files.",
+        "path": "Print the directory of an artifact.",
+        "lineage": "Show what an artifact was made from.",
+        "diff": "Compare two artifacts.",
+        "export": "Copy an artifact out of the registry, or merge it into a stand-alone model.",
+        "import": "Take a model or adapter directory into the registry.",
+        "alias": "Name a version, or list and remove such names.",
+        "rm": "Remove a version; its number is never used again.",
+        "gc": "Free the disk space nothing refers to.",
+        "verify": "Check every stored byte against its manifest.",
+    },
+    "Runs": {
+        "runs": "List runs, show one, or report on one.",
+    },
+    "More": {
+        "init": "Write a commented clients.yaml to start from.",
+        "schema": "Print the JSON schema of clients.yaml.",
+        "plugins": "List, describe and check pruners, aggregators and their kin.",
+        "doctor": "Check versions, devices, registry, plugins, disk and the Hub.",
+        "demo": "Run the whole job on the embedded model in a few minutes.",
+    },
+}
 
 
-def main() -> int:
-    """Run."""
-    return 0
+def help_text() -> str:
+    """Return the root help page."""
+    lines = [
+        "Usage: prufed [OPTIONS] COMMAND [ARGS]...",
+        "",
+        "  Prune one language model into sub-models, fine-tune them on private data,",
+        "  merge the adapters into one.",
+        "",
+        "Options:",
+        "  --version             Print the version and exit.",
+        "  --install-completion  Install completion for the current shell.",
+        "  --show-completion     Print completion for the current shell.",
+        "  -h, --help            Show this page and exit.",
+    ]
+    for group, verbs in VERBS.items():
+        lines += ["", f"{group}:"]
+        lines += [f"  {verb:<10}{summary}" for verb, summary in verbs.items()]
+    lines += ["", "Run `prufed COMMAND --help` for the options of a command.", ""]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not _completing():
+        if not arguments or arguments[0] in {"-h", "--help"}:
+            sys.stdout.write(help_text())
+            return 0 if arguments else 2
+        if arguments[0] == "--version":
+            sys.stdout.write(f"prufed {__version__}\n")
+            return 0
+    from prufed_cli.app import run
+
+    return run(arguments)
+
+
+def _completing() -> bool:
+    import os
+
+    return "_PRUFED_COMPLETE" in os.environ

@@ -1,1 +1,1 @@
-""""""
+"""One file per verb: parse, call one use case, render."""

@@ -1,1 +1,1 @@
-""""""
+"""Models on their way in and out: bases, devices, masked adapters, calibration text."""

@@ -1,1 +1,1 @@
-""""""
+"""What a run says about itself."""

@@ -1,0 +1,317 @@
+"""Find a model by reference, path or Hub id, and load it with the adapter it is meant to carry.
+
+A base always becomes an artifact first: a local directory or a Hub snapshot is imported into the
+registry once, under its own name, so that everything made from it can name it by digest.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from prufed_registry import Registry
+from prufed_registry.errors import NotFound
+
+from prufed_cli.errors import NOT_FOUND, USAGE, PrufedError
+
+if TYPE_CHECKING:
+    import torch
+    from prufed_registry import Artifact
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MASKS_FILE: Final = "prufed-masks.safetensors"
+"""The masks of an element-wise pruned base, beside its weights."""
+
+EMBEDDED_NAME: Final = "prufed-tiny"
+ADAPTER_KINDS: Final = frozenset({"client-adapter", "global-adapter"})
+MODEL_KINDS: Final = frozenset({"base", "pruned", "merged"})
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to be called.
+
+    Attributes:
+        model: in evaluation mode; an adapter is already merged into it.
+        tokenizer: the tokenizer of the base.
+        artifact: what the reference named.
+        base: the model artifact underneath; the same as ``artifact`` unless that is an adapter.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    artifact: Artifact
+    base: Artifact
+
+
+def default_base() -> str:
+    """Return what a base defaults to: ``PRUFED_BASE``, or the embedded model."""
+    return os.environ.get("PRUFED_BASE") or EMBEDDED_NAME
+
+
+def find_artifact(reference: str | None, registry: Registry) -> Artifact:
+    """Return the artifact a reference, a local directory or a Hub id stands for.
+
+    A directory or a Hub id is imported as kind ``base`` unless the same bytes are there already.
+
+    Raises:
+        PrufedError: nothing of that name exists here or on the Hub.
+    """
+    wanted = reference or default_base()
+    directory = Path(wanted).expanduser()
+    if wanted.startswith((".", "/", "~")) or (directory / "config.json").is_file():
+        if not directory.is_dir():
+            raise PrufedError(f"no directory {wanted}", "give a model directory", NOT_FOUND)
+        return import_base(directory, registry, name=slug(directory.resolve().name), source=None)
+    try:
+        return registry.resolve(wanted)
+    except NotFound:
+        if wanted == EMBEDDED_NAME:
+            return _embedded(registry)
+        if _HUB_ID.fullmatch(wanted):
+            return _from_hub(wanted, registry)
+        raise
+
+
+def find_base(reference: str | None, registry: Registry) -> Artifact:
+    """Return a model artifact: a base, a sub-model or a merged model.
+
+    Raises:
+        PrufedError: the reference names an adapter, or nothing.
+    """
+    artifact = find_artifact(reference, registry)
+    if artifact.kind not in MODEL_KINDS:
+        raise PrufedError(
+            f"{artifact.ref} is a {artifact.kind}, not a model",
+            f"`prufed lineage {artifact.ref}` shows the model it belongs to",
+            USAGE,
+        )
+    return artifact
+
+
+def import_base(directory: Path, registry: Registry, *, name: str, source: str | None) -> Artifact:
+    """Take a model directory into the registry, once per content."""
+    return registry.import_directory(
+        directory,
+        name=name,
+        kind="base",
+        recipe={"command": "import", "source": source or directory.resolve().name},
+        reuse=True,
+    )
+
+
+def _embedded(registry: Registry) -> Artifact:
+    from prufed_cli.assets import embedded_model
+
+    return import_base(embedded_model(), registry, name=EMBEDDED_NAME, source="embedded")
+
+
+def _from_hub(repository: str, registry: Registry) -> Artifact:
+    from prufed_cli.hub import fetch_base
+
+    return fetch_base(repository, registry)
+
+
+def slug(text: str) -> str:
+    """Return a valid artifact name made from any text."""
+    name = re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-._")[:64]
+    name = name or "model"
+    if len(name) == 1 or name == "latest" or re.fullmatch(r"v\d+", name):
+        name = f"model-{name}"
+    return name
+
+
+def choose_device(device: str) -> torch.device:
+    """Return the device asked for; ``auto`` prefers CUDA, then MPS, then the CPU.
+
+    Raises:
+        PrufedError: the device does not exist here.
+    """
+    import torch
+
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise PrufedError(
+            f"no device {device!r}", "use auto, cpu, cuda, cuda:N or mps", USAGE
+        ) from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise PrufedError(
+            "no CUDA device is available", "use --device cpu, or see `prufed doctor`", USAGE
+        )
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise PrufedError(f"no CUDA device {chosen.index}", "see `prufed doctor`", USAGE)
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise PrufedError("no MPS device is available", "use --device cpu", USAGE)
+    if chosen.type not in {"cpu", "cuda", "mps"}:
+        raise PrufedError(f"no device {device!r}", "use auto, cpu, cuda, cuda:N or mps", USAGE)
+    return chosen
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
+    """Return the dtype to compute in; ``auto`` is float32 on the CPU, else the stored one."""
+    import torch
+
+    known = {
+        "auto": torch.float32 if device.type == "cpu" else "auto",
+        "float32": torch.float32,
+        "fp32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "bf16": torch.bfloat16,
+        "float16": torch.float16,
+        "fp16": torch.float16,
+    }
+    if dtype not in known:
+        raise PrufedError(f"no dtype {dtype!r}", "use auto, float32, bfloat16 or float16", USAGE)
+    return known[dtype]
+
+
+def load_model(
+    artifact: Artifact,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a model artifact in evaluation mode.
+
+    Raises:
+        PrufedError: no such device or dtype, or transformers cannot open the directory.
+    """
+    where = choose_device(device)
+    chosen = choose_dtype(dtype, where)
+    quiet_transformers()
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            artifact.path,
+            dtype=chosen,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise PrufedError(
+            f"{artifact.ref} cannot be opened as a causal language model: {first_line(error)}",
+            f"`prufed verify {artifact.ref}` checks its files",
+        ) from error
+    model.eval().requires_grad_(False)
+    loaded: PreTrainedModel = model.to(where)
+    return loaded
+
+
+def load_tokenizer(
+    artifact: Artifact, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer stored with a model artifact."""
+    quiet_transformers()
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            artifact.path, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise PrufedError(
+            f"{artifact.ref} has no tokenizer that opens: {first_line(error)}",
+            "import a directory that holds tokenizer.json",
+        ) from error
+    return tokenizer
+
+
+def base_masks(artifact: Artifact) -> dict[str, Tensor] | None:
+    """Return the masks of an element-wise pruned base by parameter name; None for any other."""
+    path = artifact.path / MASKS_FILE
+    if not path.is_file():
+        return None
+    from prufed_plugins.masks import load_masks
+
+    return load_masks(path)
+
+
+def base_of(adapter: Artifact, registry: Registry) -> Artifact:
+    """Return the model an adapter was trained on, checked by digest.
+
+    PEFT loads silently on a wrong base of the same shape, so the digest is compared first.
+
+    Raises:
+        PrufedError: the base is gone, or is not the one the adapter was trained on.
+    """
+    from prufed_cli.errors import INTEGRITY
+
+    for parent in adapter.manifest.parents:
+        try:
+            candidate = registry.resolve(parent.ref)
+        except NotFound:
+            continue
+        if candidate.kind in MODEL_KINDS:
+            if candidate.digest != parent.digest:
+                raise PrufedError(
+                    f"{adapter.ref} was trained on {parent.ref} ({parent.digest[:19]}), "
+                    f"but that is now {candidate.digest[:19]}",
+                    "`prufed verify` shows what changed",
+                    INTEGRITY,
+                )
+            return candidate
+    raise PrufedError(
+        f"the base of {adapter.ref} is not in the registry",
+        f"`prufed lineage {adapter.ref}` names it",
+        NOT_FOUND,
+    )
+
+
+def load_reference(
+    reference: str | None,
+    registry: Registry,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> Loaded:
+    """Load a model, or an adapter merged into its base with the base's mask honoured."""
+    artifact = find_artifact(reference, registry)
+    base = base_of(artifact, registry) if artifact.kind in ADAPTER_KINDS else artifact
+    options: dict[str, Any] = {"device": device, "dtype": dtype}
+    model = load_model(base, trust_remote_code=trust_remote_code, **options)
+    if base is not artifact:
+        merge_adapter(model, artifact, base)
+    return Loaded(model, load_tokenizer(base, trust_remote_code=trust_remote_code), artifact, base)
+
+
+def merge_adapter(model: PreTrainedModel, adapter: Artifact, base: Artifact) -> None:
+    """Merge an adapter artifact into a loaded base, in place."""
+    from prufed_cli.models.adapters import load_adapter, merge
+
+    tensors, spec = load_adapter(adapter.path)
+    stored = adapter.manifest.details.get("adapter", {})
+    masks = base_masks(base) if stored.get("product_mask") else None
+    merge(model, tensors, scaling=spec.scaling, product_masks=masks)
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' and datasets' own bars and advice off the terminal."""
+    import warnings
+
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bars()
+    warnings.filterwarnings("ignore", module=r"(transformers|peft|torch\.utils)\..*")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, without the trailing stop."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".")
