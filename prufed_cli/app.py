@@ -74,10 +74,9 @@ def _unknown(verb: str) -> int:
 
 def _report(error: Exception) -> int:
     """Print an expected error and return its exit code; anything else is a bug and propagates."""
+    from prufed_cli.output import print_error
     from prufed_plugins.errors import MethodError
     from prufed_registry.errors import RegistryError
-
-    from prufed_cli.output import print_error
 
     if isinstance(error, errors.PrufedError | RegistryError | MethodError):
         print_error(error.message, error.hint)

@@ -90,10 +90,11 @@ def prune(
         PrufedError: the request, the base or the calibration data is not usable.
         MethodError: the method cannot meet the target on this model.
     """
+    from prufed_plugins.discover import build
+
     from prufed_cli.home import open_registry
     from prufed_cli.models.base import choose_device, choose_dtype, find_base, load_tokenizer
     from prufed_cli.models.calibration import calibration_batches
-    from prufed_plugins.discover import build
     from prufed_registry import Parent, fingerprint
 
     target = parse_target(request)

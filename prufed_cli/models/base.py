@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from prufed_cli.errors import NOT_FOUND, USAGE, PrufedError
 from prufed_registry import Registry
 from prufed_registry.errors import NotFound
 
-from prufed_cli.errors import NOT_FOUND, USAGE, PrufedError
-
 if TYPE_CHECKING:
     import torch
-    from prufed_registry import Artifact
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from prufed_registry import Artifact
 
 MASKS_FILE: Final = "prufed-masks.safetensors"
 """The masks of an element-wise pruned base, beside its weights."""
