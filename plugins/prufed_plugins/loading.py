@@ -1,0 +1,146 @@
+"""Loading one plugin: everything it must be before its methods are offered.
+
+Whatever is wrong raises, and :mod:`prufed_plugins.discover` makes it cost that plugin only.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import redirect_stdout
+from importlib.metadata import EntryPoint
+from typing import Final
+
+from pluggy import PluginManager, PluginValidationError
+
+from prufed_plugins.api import API_VERSION, GROUP, HOOKS, HookSpecs, Kind, Method
+
+_NAME: Final = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*")
+_TARGET: Final = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+class PluginContractError(Exception):
+    """A plugin breaks its contract; the message is the reason."""
+
+
+def load(point: EntryPoint) -> list[tuple[Kind, Method]]:
+    """Import a plugin and return the methods it announces.
+
+    Raises:
+        PluginContractError: the plugin breaks its contract.
+        BaseException: anything its own code raises while it is imported or asked.
+    """
+    with redirect_stdout(sys.stderr):  # a plugin that prints must not spoil --json
+        plugin = point.load()
+        _check_version(plugin)
+        manager = _register(point.name, plugin)
+        methods = [(kind, method) for kind in HOOKS for method in _announced(manager, kind)]
+    _check_distinct(methods)
+    return methods
+
+
+def _check_version(plugin: object) -> None:
+    if not hasattr(plugin, "PRUFED_API"):
+        raise PluginContractError(f"it does not state PRUFED_API; add PRUFED_API = {API_VERSION}")
+    stated = plugin.PRUFED_API
+    if (
+        not isinstance(stated, tuple)
+        or len(stated) != 2
+        or not all(type(number) is int and number >= 0 for number in stated)
+    ):
+        raise PluginContractError(
+            f"PRUFED_API is {stated!r}, not (major, minor) like {API_VERSION}"
+        )
+    ours = ".".join(map(str, API_VERSION))
+    if stated[0] != API_VERSION[0] or stated[1] > API_VERSION[1]:
+        theirs = ".".join(map(str, stated))
+        raise PluginContractError(f"it is made for plugin API {theirs}, this prufed has {ours}")
+
+
+def _register(name: str, plugin: object) -> PluginManager:
+    """Return a manager with this plugin alone: nobody's wrappers reach into another's hooks."""
+    manager = PluginManager(GROUP)
+    manager.add_hookspecs(HookSpecs)
+    try:
+        manager.register(plugin, name)
+        manager.check_pending()
+    except PluginValidationError as error:
+        raise PluginContractError(_hook_fault(manager, error)) from error
+    if not manager.get_hookcallers(plugin):
+        raise PluginContractError(
+            "it implements no hook; mark its functions with prufed_plugins.api.hookimpl"
+        )
+    return manager
+
+
+def _hook_fault(manager: PluginManager, error: PluginValidationError) -> str:
+    for name, caller in vars(manager.hook).items():
+        if not name.startswith("_") and not caller.has_spec():
+            return f"unknown hook {name}; there is {', '.join(HOOKS.values())}"
+    return f"wrong hook signature: {_one_line(error)}"
+
+
+def _announced(manager: PluginManager, kind: Kind) -> Iterator[Method]:
+    hook = HOOKS[kind]
+    for implementation in getattr(manager.hook, hook).get_hookimpls():
+        if implementation.wrapper or implementation.hookwrapper:
+            raise PluginContractError(
+                f"wrong hook signature: {hook} is a wrapper; it must yield methods"
+            )
+        found = implementation.function()
+        if not isinstance(found, Iterable):
+            raise PluginContractError(f"{hook} gave {_described(found)}, not an iterable of Method")
+        for method in found:
+            _check_method(hook, method)
+            yield method
+
+
+def _check_method(hook: str, method: object) -> None:
+    from pydantic import BaseModel
+
+    if not isinstance(method, Method):
+        raise PluginContractError(f"{hook} yielded {_described(method)}, not a Method")
+    if not isinstance(method.name, str) or not _NAME.fullmatch(method.name):
+        raise PluginContractError(
+            f"{hook}: the name {method.name!r} is not lower-case words and hyphens"
+        )
+    if not isinstance(method.target, str) or not _TARGET.fullmatch(method.target):
+        raise PluginContractError(
+            f"{method.name}: the target {method.target!r} is not package.module:Class"
+        )
+    model = method.params
+    if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        raise PluginContractError(
+            f"{method.name}: params is {_described(model)}, not a pydantic model"
+        )
+    config = model.model_config
+    if not config.get("frozen") or config.get("extra") != "forbid":
+        raise PluginContractError(
+            f'{method.name}: params {model.__name__} must have frozen=True and extra="forbid"'
+        )
+
+
+def _check_distinct(methods: list[tuple[Kind, Method]]) -> None:
+    seen: set[tuple[Kind, str]] = set()
+    for kind, method in methods:
+        if (kind, method.name) in seen:
+            raise PluginContractError(f"it announces the {kind} {method.name} twice")
+        seen.add((kind, method.name))
+
+
+def reason(error: BaseException) -> str:
+    """Return in one line what went wrong with a plugin."""
+    if isinstance(error, PluginContractError):
+        return str(error)
+    return f"{type(error).__name__}: {_one_line(error)}".removesuffix(": ")
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:299] + "…"
+
+
+def _described(value: object) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"a {type(value).__name__}"

@@ -1,0 +1,246 @@
+"""From ``key=value`` and YAML to a method's validated parameters.
+
+The values are checked by the method's own pydantic model; what is wrong is said in terms of the
+key, what was given, and what is accepted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final
+
+from prufed_plugins.errors import MethodError
+
+if TYPE_CHECKING:
+    import yaml
+    from pydantic import BaseModel
+    from pydantic.fields import FieldInfo
+    from pydantic_core import ErrorDetails
+
+_BOUNDS: Final = {
+    "exclusiveMinimum": "> ",
+    "minimum": ">= ",
+    "exclusiveMaximum": "< ",
+    "maximum": "<= ",
+    "minLength": "length >= ",
+    "maxLength": "length <= ",
+    "minItems": "items >= ",
+    "maxItems": "items <= ",
+    "pattern": "matching ",
+}
+
+_OUT_OF_RANGE: Final = frozenset(
+    {
+        "enum",
+        "greater_than",
+        "greater_than_equal",
+        "less_than",
+        "less_than_equal",
+        "literal_error",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One setting that is not accepted.
+
+    Attributes:
+        key: the setting's name, dotted where it is inside another.
+        message: what is wrong with it and what is accepted.
+    """
+
+    key: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a method, as a person reads it.
+
+    Attributes:
+        name: what stands before the ``=`` in ``--set``.
+        type: the type's name.
+        required: whether it must be given.
+        default: the value where it is not given; None where it is required.
+        accepts: the accepted range or choices; empty where the type says it all.
+        description: one line.
+    """
+
+    name: str
+    type: str
+    required: bool
+    default: Any
+    accepts: str
+    description: str
+
+
+def parse_settings(assignments: Sequence[str]) -> dict[str, Any]:
+    """Return the settings that ``--set key=value`` options give.
+
+    Values are YAML scalars or lists; ``2:4`` and ``2024-01-01`` stay text.
+
+    Raises:
+        MethodError: an assignment without ``=``, a value that is no scalar or list, a key twice.
+    """
+    settings: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise MethodError(f"cannot read the setting {assignment!r}", "write --set key=value")
+        if key in settings:
+            raise MethodError(f"the setting {key} is given twice", f"keep one --set {key}=...")
+        settings[key] = _parse_value(key, text)
+    return settings
+
+
+def _parse_value(key: str, text: str) -> Any:
+    import yaml
+
+    try:
+        value = yaml.load(text, Loader=_loader())  # a SafeLoader with fewer implicit types
+    except yaml.YAMLError as error:
+        raise MethodError(
+            f"cannot read the value of {key}: {text!r}", f"quote it: --set {key}='\"...\"'"
+        ) from error
+    if isinstance(value, Mapping):
+        raise MethodError(
+            f"the value of {key} is a mapping: {text!r}", "give a number, a word or a [list]"
+        )
+    return value
+
+
+@cache
+def _loader() -> type[yaml.SafeLoader]:
+    """Return a loader of YAML 1.2's core types: 1.1 reads ``2:4`` as 124 and ``no`` as false."""
+    import yaml
+
+    class CoreLoader(yaml.SafeLoader):
+        yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (yaml's own protocol)
+
+    for tag, pattern in (
+        ("bool", r"true|True|TRUE|false|False|FALSE"),
+        ("null", r"null|~|"),
+        ("int", r"[-+]?(?:0|[1-9][0-9]*)"),
+        (
+            "float",
+            r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+",
+        ),
+    ):
+        CoreLoader.add_implicit_resolver(
+            f"tag:yaml.org,2002:{tag}", re.compile(rf"^(?:{pattern})$"), None
+        )
+    return CoreLoader
+
+
+def check_settings(model: type[BaseModel], settings: Mapping[str, Any]) -> list[Problem]:
+    """Return everything in ``settings`` that ``model`` does not accept; empty where all is well."""
+    from pydantic import ValidationError
+
+    try:
+        model.model_validate(dict(settings))
+    except ValidationError as error:
+        return [_problem(model, details) for details in error.errors()]
+    return []
+
+
+def validate(label: str, model: type[BaseModel], settings: Mapping[str, Any]) -> BaseModel:
+    """Return the parameters that ``settings`` give.
+
+    Args:
+        label: the method as a person knows it, ``sampler uniform``.
+        model: the method's parameter model.
+        settings: values by name.
+
+    Raises:
+        MethodError: names every key at fault and what is accepted.
+    """
+    problems = check_settings(model, settings)
+    if problems:
+        said = "; ".join(f"{problem.key}: {problem.message}" for problem in problems)
+        reference = label.replace(" ", ":", 1)
+        raise MethodError(f"{label}: {said}", f"prufed plugins show {reference}")
+    return model.model_validate(dict(settings))
+
+
+def _problem(model: type[BaseModel], details: ErrorDetails) -> Problem:
+    key = ".".join(str(part) for part in details["loc"]) or "settings"
+    if details["type"] == "extra_forbidden":
+        return Problem(
+            key, _unknown(key, [_spelling(*field) for field in model.model_fields.items()])
+        )
+    name = str(details["loc"][0]) if details["loc"] else ""
+    accepts = _accepts(_schema(model).get("properties", {}).get(name, {}))
+    if details["type"] == "missing":
+        return Problem(key, f"must be given ({accepts})" if accepts else "must be given")
+    if accepts and details["type"] in _OUT_OF_RANGE:
+        return Problem(key, f"must be {accepts}, not {details['input']!r}")
+    said = details["msg"][:1].lower() + details["msg"][1:]
+    found = f"{said}, not {details['input']!r}"
+    return Problem(key, f"{found} (accepted: {accepts})" if accepts else found)
+
+
+def _unknown(key: str, known: Sequence[str]) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(key.replace("-", "_"), known, n=1, cutoff=0.5)
+    if near:
+        return f"no such setting; did you mean {near[0]}?"
+    return f"no such setting; there is {', '.join(known)}" if known else "there is nothing to set"
+
+
+def _spelling(name: str, field: FieldInfo) -> str:
+    return field.alias or name
+
+
+def parameters(model: type[BaseModel]) -> list[Parameter]:
+    """Return what can be set on a method, in the order of its model."""
+    schema = _schema(model).get("properties", {})
+    return [
+        Parameter(
+            name=_spelling(name, field),
+            type=_type_name(field.annotation),
+            required=field.is_required(),
+            default=None
+            if field.is_required()
+            else field.get_default(call_default_factory=True, validated_data={}),
+            accepts=_accepts(schema.get(_spelling(name, field), {})),
+            description=field.description or "",
+        )
+        for name, field in model.model_fields.items()
+    ]
+
+
+def _schema(model: type[BaseModel]) -> dict[str, Any]:
+    from pydantic.errors import PydanticInvalidForJsonSchema
+
+    try:
+        return model.model_json_schema()
+    except PydanticInvalidForJsonSchema:
+        return {}  # a stranger's type without a JSON form: its range cannot be told
+
+
+def _accepts(schema: Mapping[str, Any]) -> str:
+    """Return the range that one property of a JSON schema accepts, ``> 0, <= 1``."""
+    if "anyOf" in schema:
+        alternatives = (_accepts(option) for option in schema["anyOf"])
+        return " or ".join(dict.fromkeys(text for text in alternatives if text))
+    if "enum" in schema:
+        return " | ".join(str(choice) for choice in schema["enum"])
+    if "const" in schema:
+        return str(schema["const"])
+    return ", ".join(
+        f"{sign}{schema[key]:g}" if isinstance(schema[key], float) else f"{sign}{schema[key]}"
+        for key, sign in _BOUNDS.items()
+        if key in schema
+    )
+
+
+def _type_name(annotation: Any) -> str:
+    if isinstance(annotation, type) and not hasattr(annotation, "__args__"):
+        return annotation.__name__
+    return re.sub(r"\b(?:[A-Za-z_]\w*\.)+", "", str(annotation))
