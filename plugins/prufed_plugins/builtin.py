@@ -13,7 +13,52 @@ PRUFED_API = (1, 0)
 @hookimpl
 def prufed_pruners() -> Iterator[Method]:
     """Yield the built-in pruners."""
-    yield from ()
+    yield Method(
+        name="magnitude",
+        target="prufed_plugins.pruners.magnitude:Magnitude",
+        params=params.MagnitudeParams,
+        summary="remove the smallest weights; needs no calibration",
+        paper="Han et al. 2015, https://arxiv.org/abs/1506.02626",
+    )
+    yield Method(
+        name="wanda",
+        target="prufed_plugins.pruners.wanda:Wanda",
+        params=params.WandaParams,
+        summary="remove the smallest |weight| x input norm of every row; what stays is unchanged",
+        paper="Sun et al. 2023, https://arxiv.org/abs/2306.11695",
+    )
+    yield Method(
+        name="sparsegpt",
+        target="prufed_plugins.pruners.sparsegpt:SparseGPT",
+        params=params.SparseGPTParams,
+        summary="remove what a second-order model says costs least, and adjust what stays",
+        paper="Frantar and Alistarh 2023, https://arxiv.org/abs/2301.00774",
+    )
+    yield from _layer_pruners()
+
+
+def _layer_pruners() -> Iterator[Method]:
+    sajjad = "Sajjad et al. 2020, https://arxiv.org/abs/2004.03844"
+    for name, target, summary in (
+        ("top", "top:Top", "drop the last layers"),
+        ("bottom", "bottom:Bottom", "drop the first layers"),
+        ("odd-alternate", "odd_alternate:OddAlternate", "drop every other layer from the top, those of odd number"),
+        ("even-alternate", "even_alternate:EvenAlternate", "drop every other layer from the top, those of even number"),
+        ("symmetric", "symmetric:Symmetric", "drop the middle layers"),
+    ):
+        yield Method(
+            name=name,
+            target=f"prufed_plugins.pruners.{target}",
+            params=params.LayerDropParams,
+            summary=summary,
+            paper=sajjad,
+        )
+    yield Method(
+        name="explicit",
+        target="prufed_plugins.pruners.explicit:Explicit",
+        params=params.ExplicitParams,
+        summary="keep, or drop, the layers of a list",
+    )
 
 
 @hookimpl
@@ -25,7 +70,13 @@ def prufed_aggregators() -> Iterator[Method]:
 @hookimpl
 def prufed_tuners() -> Iterator[Method]:
     """Yield the built-in tuners."""
-    yield from ()
+    yield Method(
+        name="lora",
+        target="prufed_plugins.tuners.lora:LoraTuner",
+        params=params.LoraParams,
+        summary="AdamW on the adapter with linear decay, masks held exactly",
+        paper="Hu et al. 2021, https://arxiv.org/abs/2106.09685",
+    )
 
 
 @hookimpl
@@ -95,7 +146,7 @@ def prufed_partitioners() -> Iterator[Method]:
         target="prufed_plugins.partitioners.dirichlet:DirichletPartitioner",
         params=params.DirichletParams,
         summary="each category spread over the clients by a Dirichlet draw",
-        paper="Hsu et al. 2019, https://arxiv.org/abs/1909.06335",
+        paper="Yurochkin et al. 2019, https://arxiv.org/abs/1905.12022",
     )
     yield Method(
         name="shards",

@@ -5,6 +5,8 @@ A method's description must be readable without torch, so nothing here imports i
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -76,7 +78,7 @@ class DirichletParams(Params):
 
     alpha: float = Field(
         default=0.5,
-        gt=0,
+        ge=1e-3,
         le=1e6,
         description="concentration: small gives each client few categories, large gives iid",
     )
@@ -93,4 +95,72 @@ class ShardsParams(Params):
 
     per_client: int = Field(
         default=2, ge=1, description="shards of the category-sorted rows each client gets"
+    )
+
+
+# --- pruners -------------------------------------------------------------------------------------
+
+
+class MagnitudeParams(Params):
+    """Parameters of the pruner ``magnitude``."""
+
+    group: Literal["layer", "row", "global"] = Field(
+        default="layer",
+        description="what loses the share together: each matrix, each of its rows, all matrices",
+    )
+
+
+class WandaParams(Params):
+    """Parameters of the pruner ``wanda``."""
+
+
+class SparseGPTParams(Params):
+    """Parameters of the pruner ``sparsegpt``."""
+
+    block_size: int = Field(
+        default=128, ge=1, le=4096, description="columns whose entries are selected together"
+    )
+    damping: float = Field(
+        default=0.01,
+        gt=0,
+        le=1,
+        description="share of the Hessian's mean diagonal added to it; raised tenfold on failure",
+    )
+
+
+class LayerDropParams(Params):
+    """Parameters of the pruners that drop whole layers; without them the target decides."""
+
+    drop: int | None = Field(default=None, ge=0, description="number of layers to drop")
+    keep: int | None = Field(default=None, ge=2, description="number of layers to keep")
+
+
+class ExplicitParams(Params):
+    """Parameters of the pruner ``explicit``: one of the two lists."""
+
+    layers: tuple[int, ...] | None = Field(
+        default=None, description="layers to keep, counted from 0: [0, 1, 4]"
+    )
+    drop_layers: tuple[int, ...] | None = Field(
+        default=None, description="layers to drop, counted from 0: [2, 3]"
+    )
+
+
+# --- tuners --------------------------------------------------------------------------------------
+
+
+class LoraParams(Params):
+    """Parameters of the tuner ``lora``."""
+
+    epochs: int = Field(default=1, ge=1, description="passes over the client's data")
+    batch_size: int = Field(default=64, ge=1, description="rows per optimizer step")
+    micro_batch_size: int = Field(
+        default=8, ge=1, description="rows per forward pass; changes memory, not the result"
+    )
+    lr: float = Field(default=3e-4, gt=0, description="learning rate at its highest")
+    weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay")
+    warmup_steps: int = Field(default=0, ge=0, description="steps of linear warm-up")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="clip of the gradient's norm")
+    max_steps: int | None = Field(
+        default=None, ge=1, description="at most so many optimizer steps per round"
     )

@@ -1,0 +1,1 @@
+"""How one data set is split over clients. One method, one file."""

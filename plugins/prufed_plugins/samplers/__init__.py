@@ -1,0 +1,1 @@
+"""Who trains in a round. One method, one file."""
