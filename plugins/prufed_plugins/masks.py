@@ -94,7 +94,7 @@ def factor_masks(
 ) -> dict[str, Tensor]:
     """Return the masks of one client's LoRA factors by the names of ``tensors``.
 
-    - ``none``: no masks; every entry exists.
+    - ``none``, and sparsity 0 of any kind: no masks; every entry exists.
     - ``nested``: :func:`nested_mask` of every factor.
     - ``magnitude``: :func:`magnitude_mask` of every factor. A factor that is zero throughout, as B
       is before the first epoch, has no magnitudes to go by and gets no mask.
@@ -116,7 +116,7 @@ def factor_masks(
     Raises:
         MethodError: a name is no LoRA factor, or ``structured`` lacks a base mask that fits.
     """
-    if kind == "none":
+    if kind == "none" or sparsity == 0:
         return {}
     masks = {}
     for name, tensor in tensors.items():
