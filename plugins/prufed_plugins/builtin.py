@@ -42,8 +42,16 @@ def _layer_pruners() -> Iterator[Method]:
     for name, target, summary in (
         ("top", "top:Top", "drop the last layers"),
         ("bottom", "bottom:Bottom", "drop the first layers"),
-        ("odd-alternate", "odd_alternate:OddAlternate", "drop every other layer from the top, those of odd number"),
-        ("even-alternate", "even_alternate:EvenAlternate", "drop every other layer from the top, those of even number"),
+        (
+            "odd-alternate",
+            "odd_alternate:OddAlternate",
+            "drop every other layer from the top, those of odd number",
+        ),
+        (
+            "even-alternate",
+            "even_alternate:EvenAlternate",
+            "drop every other layer from the top, those of even number",
+        ),
         ("symmetric", "symmetric:Symmetric", "drop the middle layers"),
     ):
         yield Method(

@@ -1,0 +1,1 @@
+"""The built-in pruners: one method, one file."""

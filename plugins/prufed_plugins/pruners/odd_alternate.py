@@ -1,0 +1,25 @@
+"""Drop every other layer from the top: those whose 1-based number is odd.
+
+Sajjad et al., https://arxiv.org/abs/2004.03844, §3.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prufed_plugins.pruners.layers import LayerPruner, alternate
+
+if TYPE_CHECKING:
+    from prufed_plugins.params import LayerDropParams
+
+
+class OddAlternate(LayerPruner):
+    """Drops the K topmost odd-numbered layers."""
+
+    def __init__(self, params: LayerDropParams) -> None:
+        super().__init__(params, dropped)
+
+
+def dropped(layers: int, count: int) -> set[int]:
+    """Return the dropped indices, counted from 0: 12 layers, 4 dropped: {4, 6, 8, 10}."""
+    return alternate(layers, count, parity=1)

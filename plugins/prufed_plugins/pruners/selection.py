@@ -1,0 +1,118 @@
+"""Which entries to prune: exact counts, ties broken by index.
+
+The published SparseGPT and Wanda scripts compare scores with a threshold (``score <= thresh``),
+which removes one entry too many at sparsity 0 and more wherever scores tie. Here a group of n
+entries at sparsity s loses exactly ⌊s·n⌋ of them, the lower flat index first among equals, so that
+s = 0 is the identity and two runs agree bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from prufed_plugins.errors import MethodError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prufed_plugins.api import PruneTarget
+
+
+def check_target(target: PruneTarget) -> None:
+    """Refuse a target that no element-wise pruner can meet.
+
+    Raises:
+        MethodError: neither or both of sparsity and pattern are given, or one is out of range.
+    """
+    if target.layers is not None:
+        raise MethodError(
+            f"an element-wise pruner cannot drop {target.layers} layers",
+            "use a layer pruner such as --method symmetric",
+        )
+    if (target.sparsity is None) == (target.pattern is None):
+        raise MethodError(
+            "an element-wise pruner needs either a sparsity or a pattern",
+            "pass --sparsity 0.5 or --pattern 2:4",
+        )
+    if target.sparsity is not None and not 0.0 <= target.sparsity < 1.0:
+        raise MethodError(
+            f"sparsity {target.sparsity} is outside [0, 1)", "pass --sparsity 0.5, for example"
+        )
+    if target.pattern is not None and not 0 < target.pattern[0] < target.pattern[1]:
+        n, m = target.pattern
+        raise MethodError(
+            f"pattern {n}:{m} must prune at least 1 and fewer than {m} of every {m} inputs",
+            "pass --pattern 2:4, for example",
+        )
+
+
+def check_pattern(name: str, columns: int, pattern: tuple[int, int]) -> None:
+    """Refuse a pattern whose groups do not fill the rows of a matrix.
+
+    Raises:
+        MethodError: ``columns`` is not a multiple of m; names the matrix.
+    """
+    n, m = pattern
+    if columns % m:
+        raise MethodError(
+            f"pattern {n}:{m} does not divide the {columns} columns of {name}",
+            f"choose a pattern whose second number divides {columns}",
+        )
+
+
+def pruned_count(sparsity: float, entries: int) -> int:
+    """Return ⌊s·n⌋, in double precision as the published code computes it."""
+    return int(sparsity * entries)
+
+
+def smallest(scores: Tensor, count: int) -> Tensor:
+    """Mark the ``count`` smallest scores of each row.
+
+    Args:
+        scores: (rows, n), finite.
+        count: how many to mark, 0 ≤ count ≤ n.
+
+    Returns:
+        Bool (rows, n) with exactly ``count`` True per row; the lower index wins a tie.
+    """
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    threshold = scores.kthvalue(count, dim=-1, keepdim=True).values
+    chosen = scores <= threshold
+    if int(chosen.sum()) > count * scores.shape[0]:
+        _drop_late_ties(chosen, scores, threshold, count)
+    return chosen
+
+
+def _drop_late_ties(chosen: Tensor, scores: Tensor, threshold: Tensor, count: int) -> None:
+    """Unmark, in place, the entries at the threshold that exceed the count of their row."""
+    rows = (chosen.sum(dim=-1) > count).nonzero().squeeze(-1)
+    below = scores[rows] < threshold[rows]
+    tied = scores[rows] == threshold[rows]
+    wanted = count - below.sum(dim=-1, keepdim=True)
+    chosen[rows] = below | (tied & (tied.cumsum(dim=-1) <= wanted))
+
+
+def smallest_of_groups(scores: Tensor, pattern: tuple[int, int]) -> Tensor:
+    """Mark the n smallest scores of every m consecutive ones of each row.
+
+    Ranks are counted by comparing the members of a group pairwise, which for the small m of
+    hardware patterns is many times faster than sorting millions of tiny groups.
+
+    Args:
+        scores: (rows, columns), finite; columns a multiple of m.
+        pattern: (n, m).
+
+    Returns:
+        Bool (rows, columns); the lower index wins a tie.
+    """
+    n, m = pattern
+    members = scores.reshape(-1, m).t().contiguous()  # (m, groups)
+    ranks = torch.zeros_like(members, dtype=torch.int16)
+    for later in range(1, m):
+        loses = members[:later] <= members[later]  # (later, groups): the earlier index goes first
+        ranks[later] += loses.sum(dim=0, dtype=torch.int16)
+        ranks[:later] += ~loses
+    return (ranks < n).t().reshape(scores.shape)
