@@ -83,7 +83,7 @@ class Catalog:
     """The methods that were found, and what went wrong.
 
     Attributes:
-        entries: every method, by kind and name.
+        entries: every method by kind and name; of each kind the built-ins come first.
         failures: what is wrong with each broken plugin.
         disabled: ``(plugin, distribution)`` of those not loaded because the user said so.
     """
@@ -100,8 +100,7 @@ class Catalog:
 
     def methods(self, kind: Kind) -> list[Entry]:
         """Return the methods of a kind: the built-ins first, in the order they are announced."""
-        found = [entry for entry in self.entries.values() if entry.kind == kind]
-        return sorted(found, key=lambda entry: not entry.builtin)
+        return [entry for entry in self.entries.values() if entry.kind == kind]
 
     def named(self, name: str) -> list[Entry]:
         """Return the methods a name may mean: ``name``, ``kind:name`` or ``distribution:name``."""
@@ -185,7 +184,8 @@ def discover(points: Iterable[EntryPoint], disabled: frozenset[str] = frozenset(
                 failures.append(Failure(point.name, source, reason(error)))
             else:
                 failures += [Failure(point.name, source, said, skipped=False) for said in clashes]
-    return Catalog(entries, tuple(failures), tuple(left_alone))
+    by_kind = {key: entries[key] for kind in HOOKS for key in entries if key[0] == kind}
+    return Catalog(by_kind, tuple(failures), tuple(left_alone))
 
 
 def build(kind: Kind, name: str, settings: Mapping[str, Any] | None = None) -> Any:
@@ -207,13 +207,18 @@ def construct(entry: Entry, settings: Mapping[str, Any]) -> Any:
     """
     label = f"{entry.kind} {entry.name}"
     params = validate(label, entry.method.params, settings)
-    missing = [name for name in entry.method.requires if not _is_installed(name)]
+    missing = missing_requirements(entry)
     if missing:
         needs = ", ".join(missing)
         raise MethodError(
             f"{label} needs {needs}, not installed", f"pip install {' '.join(missing)}"
         )
     return _import_target(label, entry)(params)
+
+
+def missing_requirements(entry: Entry) -> list[str]:
+    """Return the distributions that a method needs and that are not installed."""
+    return [name for name in entry.method.requires if not _is_installed(name)]
 
 
 def _import_target(label: str, entry: Entry) -> Any:
