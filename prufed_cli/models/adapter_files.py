@@ -173,7 +173,7 @@ def _facts(directory: Path, config: Mapping[str, Any]) -> AdapterFacts:
     targets, base = config.get("target_modules"), config.get("base_model_name_or_path")
     if type(r) is not int or r < 1:
         raise _damaged(directory, f"states rank {r!r}")
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise _damaged(directory, f"states lora_alpha {alpha!r}")
     targets = [targets] if isinstance(targets, str) else targets
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):

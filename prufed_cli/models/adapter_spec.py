@@ -8,7 +8,7 @@ base's own mask, so that merging keeps the base's sparsity.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
 from typing import Any, Final, Literal, get_args
@@ -66,7 +66,8 @@ class AdapterSpec:
     def __post_init__(self) -> None:
         problem = next(_problems(self), None)
         if problem:
-            raise PrufedError(*problem, USAGE)
+            message, hint = problem
+            raise PrufedError(message, hint, USAGE)
 
     @property
     def density(self) -> float:
@@ -123,7 +124,7 @@ def adapter_spec(
     return AdapterSpec.from_dict({"preset": preset, **switches, **settings})
 
 
-def _problems(spec: AdapterSpec) -> Any:
+def _problems(spec: AdapterSpec) -> Iterator[tuple[str, str]]:
     """Yield (message, hint) for each field out of range."""
     if spec.r < 1:
         yield f"adapter rank {spec.r} is below 1", "set r to 1 or more"

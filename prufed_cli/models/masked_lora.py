@@ -83,7 +83,7 @@ class EffectiveLinear(torch.autograd.Function):
         return F.linear(x, effective.T if transposed else effective, bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc,untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, A and B."""
         x, A, B, columns, weight, removed = ctx.saved_tensors
@@ -152,7 +152,7 @@ class MaskedLora(nn.Module):
         columns = None
         if self.training and self.dropout.p:
             columns = self.dropout(torch.ones_like(self.lora_A[0]))
-        output: Tensor = EffectiveLinear.apply(
+        output: Tensor = EffectiveLinear.apply(  # type: ignore[no-untyped-call]
             x,
             self.lora_A,
             self.lora_B,
