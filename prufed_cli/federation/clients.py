@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from prufed_plugins.write_back import write_back
-
 from prufed_cli.errors import USAGE, PrufedError
 from prufed_cli.models.adapters import AdapterSpec, adapter_spec, client_masks
 from prufed_cli.models.layer_names import layer_number, to_global, to_local
 from prufed_plugins.api import ClientInfo, GlobalState
+from prufed_plugins.write_back import write_back
 from prufed_registry.errors import NotFound
 
 if TYPE_CHECKING:

@@ -1,0 +1,177 @@
+"""What a run publishes: client adapters and global adapters, and how they are read back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from torch import Tensor
+
+from prufed_cli.environment import versions
+from prufed_cli.models.adapter_files import WEIGHTS_FILE, load_adapter, save_adapter
+from prufed_cli.models.adapters import AdapterSpec
+from prufed_cli.models.layer_names import to_global
+from prufed_plugins.api import Update
+from prufed_plugins.masks import digest, load_masks, save_masks
+from prufed_plugins.tensor_files import TensorFile
+from prufed_registry import Parent
+
+if TYPE_CHECKING:
+    from prufed_cli.federation.clients import Client
+    from prufed_registry import Artifact, Registry
+
+FACTOR_MASKS_FILE: Final = "prufed-factor-masks.safetensors"
+"""Masks of A and B by local name, beside the adapter's weights."""
+
+_PREFIX: Final = "base_model.model."
+
+
+class GlobalNames(Mapping[str, Tensor]):
+    """A client adapter's tensors by the full model's names, read from disk on each access."""
+
+    def __init__(self, artifact: Artifact, kept_layers: tuple[int, ...]) -> None:
+        self._file = TensorFile(artifact.path / WEIGHTS_FILE)
+        self._keys = {to_global(key.removeprefix(_PREFIX), kept_layers): key for key in self._file}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file[self._keys[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+def publish_client(
+    registry: Registry,
+    client: Client,
+    tensors: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    *,
+    name: str,
+    parents: list[Parent],
+    recipe: dict[str, Any],
+    facts: dict[str, Any],
+    metrics: dict[str, float],
+    transposed: bool,
+) -> Artifact:
+    """Publish a client's adapter.
+
+    Args:
+        registry: where.
+        client: whose.
+        tensors: by local name, in the client's scale.
+        masks: of its factors, by local name.
+        name: of the artifact.
+        parents: the sub-model first.
+        recipe: what made it; equal recipes and parents are the same work.
+        facts: round, stage and the like, for the manifest.
+        metrics: numbers that differ from run to run.
+        transposed: whether the target layers keep their weights as (k, d).
+    """
+    details = {
+        "adapter": client.spec.to_dict() | {"scaling": client.spec.scaling},
+        "kept_layers": list(client.kept_layers),
+        "samples": len(client.plan.rows),
+        "data_digest": client.plan.data_digest,
+        "masks_digest": digest(masks) if masks else None,
+        **facts,
+    }
+    with registry.stage() as staging:
+        save_adapter(staging.path, tensors, client.spec, client.base.ref, fan_in_fan_out=transposed)
+        if masks:
+            save_masks(staging.path / FACTOR_MASKS_FILE, masks)
+        (staging.path / "README.md").write_text(client_card(client), encoding="utf-8")
+        return staging.publish(
+            name=name,
+            kind="client-adapter",
+            parents=parents,
+            recipe=recipe,
+            environment=versions(),
+            metrics=metrics,
+            details=details,
+        )
+
+
+def publish_global(
+    registry: Registry,
+    tensors: Mapping[str, Tensor],
+    spec: AdapterSpec,
+    full: Artifact,
+    *,
+    name: str,
+    parents: list[Parent],
+    recipe: dict[str, Any],
+    facts: dict[str, Any],
+    transposed: bool,
+) -> Artifact:
+    """Publish a global adapter for the full model."""
+    with registry.stage() as staging:
+        save_adapter(staging.path, tensors, spec, full.ref, fan_in_fan_out=transposed)
+        (staging.path / "README.md").write_text(global_card(full, spec), encoding="utf-8")
+        return staging.publish(
+            name=name,
+            kind="global-adapter",
+            parents=parents,
+            recipe=recipe,
+            environment=versions(),
+            metrics={},
+            details={"adapter": spec.to_dict() | {"scaling": spec.scaling}, **facts},
+        )
+
+
+def read_update(client: Client, artifact: Artifact, base_round: int) -> Update:
+    """Return what the server merges for one client; its tensors stay on disk."""
+    return Update(
+        client=client.name,
+        tensors=GlobalNames(artifact, client.kept_layers),
+        masks=client.globally(read_masks(artifact)) or None,
+        samples=len(client.plan.rows),
+        rank=client.spec.r,
+        scaling=client.spec.scaling,
+        kept_layers=client.kept_layers,
+        base_round=base_round,
+        weight=client.plan.weight,
+    )
+
+
+def read_masks(artifact: Artifact) -> dict[str, Tensor]:
+    """Return the masks of an adapter's factors by local name; empty where it has none."""
+    path = artifact.path / FACTOR_MASKS_FILE
+    return load_masks(path) if path.is_file() else {}
+
+
+def read_tensors(artifact: Artifact) -> dict[str, Tensor]:
+    """Return an adapter's tensors by local name."""
+    return load_adapter(artifact.path)[0]
+
+
+def client_card(client: Client) -> str:
+    """Return the model card of a client's adapter."""
+    spec = client.spec
+    masked = (
+        "Its update is masked by the base's own mask; PEFT applies it unmasked, so merge it with "
+        "`prufed export --merge` to keep the base's sparsity.\n\n"
+        if spec.product_mask and client.sparsity > 0
+        else ""
+    )
+    return (
+        "---\nlibrary_name: peft\ntags: [prufed, lora]\n---\n\n"
+        f"# LoRA adapter of client {client.name}\n\n"
+        f"Rank {spec.r}, scaling {spec.scaling:g}, preset {spec.preset}, trained on "
+        f"{len(client.plan.rows)} rows over `{client.base.ref}` ({client.base.digest}).\n\n"
+        f"{masked}"
+        "`prufed.json` holds recipe, lineage and digests.\n"
+    )
+
+
+def global_card(full: Artifact, spec: AdapterSpec) -> str:
+    """Return the model card of a global adapter."""
+    return (
+        "---\nlibrary_name: peft\ntags: [prufed, lora, federated-learning]\n---\n\n"
+        "# Global LoRA adapter\n\n"
+        f"Rank {spec.r}, scaling {spec.scaling:g}, merged from the adapters of clients with "
+        f"sub-models of `{full.ref}` ({full.digest}).\n\n"
+        "`prufed.json` holds recipe, lineage and digests.\n"
+    )
