@@ -10,7 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Final
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Final, Literal, Union, get_args, get_origin
 
 from prufed_plugins.errors import MethodError
 
@@ -32,6 +33,14 @@ _BOUNDS: Final = {
     "pattern": "matching ",
 }
 
+_KINDS: Final = {
+    "array": "a list",
+    "boolean": "true | false",
+    "integer": "an integer",
+    "number": "a number",
+    "string": "text",
+}
+
 _OUT_OF_RANGE: Final = frozenset(
     {
         "enum",
@@ -49,7 +58,8 @@ class Problem:
     """One setting that is not accepted.
 
     Attributes:
-        key: the setting's name, dotted where it is inside another.
+        key: the setting's name, dotted where it is inside another; empty where several contradict
+            each other.
         message: what is wrong with it and what is accepted.
     """
 
@@ -144,7 +154,8 @@ def check_settings(model: type[BaseModel], settings: Mapping[str, Any]) -> list[
     try:
         model.model_validate(dict(settings))
     except ValidationError as error:
-        return [_problem(model, details) for details in error.errors()]
+        problems = (_problem(model, details, settings) for details in error.errors())
+        return list(dict.fromkeys(problems))
     return []
 
 
@@ -161,27 +172,30 @@ def validate(label: str, model: type[BaseModel], settings: Mapping[str, Any]) ->
     """
     problems = check_settings(model, settings)
     if problems:
-        said = "; ".join(f"{problem.key}: {problem.message}" for problem in problems)
+        said = "; ".join(": ".join(filter(None, (p.key, p.message))) for p in problems)
         reference = label.replace(" ", ":", 1)
         raise MethodError(f"{label}: {said}", f"prufed plugins show {reference}")
     return model.model_validate(dict(settings))
 
 
-def _problem(model: type[BaseModel], details: ErrorDetails) -> Problem:
-    key = ".".join(str(part) for part in details["loc"]) or "settings"
-    if details["type"] == "extra_forbidden":
-        return Problem(
-            key, _unknown(key, [_spelling(*field) for field in model.model_fields.items()])
-        )
-    name = str(details["loc"][0]) if details["loc"] else ""
+def _problem(model: type[BaseModel], details: ErrorDetails, settings: Mapping[str, Any]) -> Problem:
+    where, what = details["loc"], details["type"]
+    name = str(where[0]) if where else ""
+    if what == "extra_forbidden":
+        known = [_spelling(*field) for field in model.model_fields.items()]
+        return Problem(name, _unknown(name, known))
     accepts = _accepts(_schema(model).get("properties", {}).get(name, {}))
-    if details["type"] == "missing":
-        return Problem(key, f"must be given ({accepts})" if accepts else "must be given")
-    if accepts and details["type"] in _OUT_OF_RANGE:
-        return Problem(key, f"must be {accepts}, not {details['input']!r}")
-    said = details["msg"][:1].lower() + details["msg"][1:]
-    found = f"{said}, not {details['input']!r}"
-    return Problem(key, f"{found} (accepted: {accepts})" if accepts else found)
+    if what == "missing" and len(where) == 1:
+        return Problem(name, f"must be given ({accepts})" if accepts else "must be given")
+    # pydantic fails once per alternative of a union and puts the alternative's name after the key.
+    of_union = len(where) > 1 and isinstance(where[1], str)
+    if accepts and (of_union or what in _OUT_OF_RANGE):
+        return Problem(name, f"must be {accepts}, not {settings.get(name)!r}")
+    key = ".".join(map(str, where))
+    if what in {"value_error", "assertion_error"}:
+        return Problem(key, str(details.get("ctx", {}).get("error", details["msg"])))
+    said = f"{details['msg'][:1].lower()}{details['msg'][1:]}, not {details['input']!r}"
+    return Problem(key, f"{said} (accepted: {accepts})" if accepts else said)
 
 
 def _unknown(key: str, known: Sequence[str]) -> str:
@@ -227,8 +241,8 @@ def _schema(model: type[BaseModel]) -> dict[str, Any]:
 def _accepts(schema: Mapping[str, Any]) -> str:
     """Return the range that one property of a JSON schema accepts, ``> 0, <= 1``."""
     if "anyOf" in schema:
-        alternatives = (_accepts(option) for option in schema["anyOf"])
-        return " or ".join(dict.fromkeys(text for text in alternatives if text))
+        alternatives = (_accepts(option) or _kind(option) for option in schema["anyOf"])
+        return " or ".join(dict.fromkeys(alternatives))
     if "enum" in schema:
         return " | ".join(str(choice) for choice in schema["enum"])
     if "const" in schema:
@@ -240,7 +254,18 @@ def _accepts(schema: Mapping[str, Any]) -> str:
     )
 
 
+def _kind(schema: Mapping[str, Any]) -> str:
+    return _KINDS.get(schema.get("type", ""), str(schema.get("type", "another value")))
+
+
 def _type_name(annotation: Any) -> str:
-    if isinstance(annotation, type) and not hasattr(annotation, "__args__"):
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin in {Union, UnionType}:
+        return " | ".join(_type_name(argument) for argument in arguments)
+    if origin is Literal:
+        return " | ".join(dict.fromkeys(type(choice).__name__ for choice in arguments))
+    if annotation is NoneType:
+        return "null"
+    if isinstance(annotation, type) and not arguments:
         return annotation.__name__
     return re.sub(r"\b(?:[A-Za-z_]\w*\.)+", "", str(annotation))
