@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -56,7 +56,7 @@ def read_rows(path: Path) -> list[Row]:
         PrufedError: there is no such file, it is empty, or rows are unusable; the message counts
             them and names the lines of the first few.
     """
-    if not path.exists():
+    if not _exists(path):
         raise PrufedError(
             f"no data file {str(path)!r}", "check the path; it is a JSONL or text file", NOT_FOUND
         )
@@ -74,12 +74,20 @@ def rows_digest(rows: Sequence[Row]) -> str:
     """Return ``sha256:...`` over the rows' content and order, whatever file they came from."""
     digest = hashlib.sha256()
     for row in rows:
-        line = json.dumps(asdict(row), ensure_ascii=True, sort_keys=True, separators=(",", ":"))
+        fields = [row.instruction, row.context, row.response, row.category, row.text]
+        line = json.dumps(fields, ensure_ascii=True, separators=(",", ":"))
         digest.update(line.encode("ascii") + b"\n")
     return f"sha256:{digest.hexdigest()}"
 
 
 # --- files ---------------------------------------------------------------------------------------
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name too long, a NUL byte
+        return False
 
 
 def _text(path: Path) -> str:
@@ -126,7 +134,7 @@ def _decode(text: str) -> object:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        return _BadRowError(f"not valid JSON: {error.msg.lower()} at column {error.colno}")
+        return _BadRowError(f"not valid JSON: {error.msg.lower()} (column {error.colno})")
     except (RecursionError, ValueError):
         return _BadRowError("not usable JSON: nested too deeply or a number too long")
 
@@ -136,7 +144,7 @@ def _json_list(path: Path, text: str) -> list[object]:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise PrufedError(
-            f"{path}:{error.lineno}: not valid JSON: {error.msg.lower()} at column {error.colno}",
+            f"{path}:{error.lineno}: not valid JSON: {error.msg.lower()} (column {error.colno})",
             "the file may be truncated; fetch or write it again",
         ) from error
     except (RecursionError, ValueError) as error:
@@ -202,7 +210,7 @@ def _row(item: object) -> Row:
     for needed, build in _BUILDERS:
         if all(item.get(key) is not None for key in needed):
             return build(item)
-    keys = ", ".join(f"`{key}`" for key in list(item)[:8]) or "no fields at all"
+    keys = ", ".join(repr(str(key)[:30]) for key in list(item)[:8]) or "no fields at all"
     raise _BadRowError(f"a row without the needed fields; it has {keys}")
 
 
@@ -210,7 +218,7 @@ def _dolly(item: Mapping[str, Any]) -> Row:
     return Row(
         instruction=_string(item, "instruction", required=True),
         context=_string(item, "context"),
-        response=_string(item, "response", required=True),
+        response=_string(item, "response"),
         category=_category(item),
     )
 
@@ -219,7 +227,7 @@ def _alpaca(item: Mapping[str, Any]) -> Row:
     return Row(
         instruction=_string(item, "instruction", required=True),
         context=_string(item, "input"),
-        response=_string(item, "output", required=True),
+        response=_string(item, "output"),
         category=_category(item),
     )
 
@@ -241,7 +249,7 @@ def _chat(item: Mapping[str, Any]) -> Row:
     asked = last - 1 - roles[:last][::-1].index("user")
     return Row(
         instruction=_string(turns[asked], "content", required=True),
-        response=_string(turns[last], "content", required=True),
+        response=_string(turns[last], "content"),
         category=_category(item),
     )
 
@@ -268,6 +276,10 @@ def _string(item: Mapping[str, Any], key: str, *, required: bool = False) -> str
         value = ""
     if not isinstance(value, str):
         raise _BadRowError(f"`{key}` must be text, not {_kind(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise _BadRowError(f"`{key}` holds half of a surrogate pair") from error
     if required and not value.strip():
         raise _BadRowError(f"`{key}` is empty")
     return value

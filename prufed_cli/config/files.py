@@ -9,6 +9,9 @@ from typing import Any, Final
 from prufed_cli.config.messages import Problem
 from prufed_cli.config.yaml_source import KeyPath
 
+EMBEDDED: Final = "embedded"
+"""What stands for the data that comes with prufed; ``./embedded`` is a file of that name."""
+
 _TEXT_SUFFIXES: Final = frozenset({".jsonl", ".ndjson", ".json", ".txt", ".md"})
 
 
@@ -37,6 +40,11 @@ def _path(
     if found is None:
         return
     holder, text = found
+    if text == EMBEDDED and path[-1] in {"path", "data"}:
+        from prufed_cli.assets import embedded_data
+
+        holder[path[-1]] = str(embedded_data())
+        return
     resolved = _absolute(text, directory)
     if resolved is None:
         yield Problem(path, f"{text!r} is not a path")

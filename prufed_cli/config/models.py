@@ -112,7 +112,8 @@ class MethodSection(Section):
     def _spread_settings(self, handler: Any) -> dict[str, Any]:
         """Write the settings beside the name, as they were read."""
         document: dict[str, Any] = handler(self)
-        return {**document, **document.pop("settings", {})}
+        settings = document.pop("settings", {})
+        return {**document, **settings}
 
 
 # --- methods -------------------------------------------------------------------------------------
@@ -223,7 +224,7 @@ class AdapterOverride(Section):
 class DataConfig(Section):
     """One file split over the clients that have no data of their own."""
 
-    path: Path = Field(description="JSONL, JSON, text, or a `datasets` directory")
+    path: Path = Field(description="JSONL, JSON, text, a `datasets` directory, or `embedded`")
     partition: PartitionConfig = PartitionConfig()
 
 
@@ -337,6 +338,10 @@ class FederationConfig(Section):
     def adapter_of(self, client: ClientConfig) -> AdapterConfig:
         """Return the client's adapter."""
         return merged(self.adapter, client.adapter)
+
+    def data_of(self, client: ClientConfig) -> Path | None:
+        """Return the client's own data file; None where it takes its part of the shared data."""
+        return client.data
 
 
 def pruner_for(shared: PrunerConfig, own: PrunerOverride | None, *, layers: bool) -> PrunerConfig:
