@@ -306,10 +306,14 @@ class Merged:
     Attributes:
         tensors: new global tensors by the same keys and of the same shapes and dtypes as given.
         diagnostics: numbers per module: coverage, update norm and the like.
+        covered: bool tensors by the same keys, True where the clients decided the entry; None
+            means every entry. A key that is absent is taken from the clients' masks. A server
+            optimizer leaves uncovered entries as they were.
     """
 
     tensors: Mapping[str, Tensor]
     diagnostics: Mapping[str, float] = field(default_factory=dict)
+    covered: Mapping[str, Tensor | None] = field(default_factory=dict)
 
 
 class Aggregator(Protocol):

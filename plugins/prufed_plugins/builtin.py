@@ -72,7 +72,27 @@ def _layer_pruners() -> Iterator[Method]:
 @hookimpl
 def prufed_aggregators() -> Iterator[Method]:
     """Yield the built-in aggregators."""
-    yield from ()
+    yield Method(
+        name="fedavg",
+        target="prufed_plugins.aggregators.fedavg:FedAvg",
+        params=params.FedAvgParams,
+        summary="mean by samples; what a client lacks counts as zero",
+        paper="McMahan et al. 2017, https://arxiv.org/abs/1602.05629",
+    )
+    yield Method(
+        name="heteagg",
+        target="prufed_plugins.aggregators.heteagg:HeteAgg",
+        params=params.HeteAggParams,
+        summary="every entry is the mean over the clients that have it",
+        paper="Bhansali et al. 2024 (LEGO, Algorithm 2), https://arxiv.org/abs/2410.18287",
+    )
+    yield Method(
+        name="heteagg-layer",
+        target="prufed_plugins.aggregators.heteagg_layer:HeteAggLayer",
+        params=params.HeteAggLayerParams,
+        summary="every layer is the mean over the clients that have it",
+        paper='Bhansali et al., "PruFed: Federated Fine-Tuning of Pruned LLMs"',
+    )
 
 
 @hookimpl

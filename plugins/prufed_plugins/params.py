@@ -5,9 +5,9 @@ A method's description must be readable without torch, so nothing here imports i
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Params(BaseModel):
@@ -163,4 +163,62 @@ class LoraParams(Params):
     max_grad_norm: float = Field(default=1.0, gt=0, description="clip of the gradient's norm")
     max_steps: int | None = Field(
         default=None, ge=1, description="at most so many optimizer steps per round"
+    )
+
+
+# --- aggregators ---------------------------------------------------------------------------------
+
+
+class FedAvgParams(Params):
+    """Parameters of the aggregator ``fedavg``."""
+
+    beta: float = Field(
+        default=1.0, ge=0, le=4, description="clients weigh n^beta: 1 by samples, 0 all alike"
+    )
+
+
+class HeteAggParams(Params):
+    """Parameters of the aggregator ``heteagg``."""
+
+    include_global: Literal["auto"] | bool = Field(
+        default="auto",
+        description="the global adapter joins the mean; auto: when one client trained in the round",
+    )
+    global_weight: float = Field(
+        default=1.0, gt=0, description="weight of the global adapter, relative to a mean client"
+    )
+    fallback: Literal["keep", "zero"] = Field(
+        default="keep", description="what an entry that too few clients have becomes"
+    )
+    mask: Literal["explicit", "nonzero"] = Field(
+        default="explicit", description="which entries a client has: by its mask, or where not 0"
+    )
+    beta: float = Field(
+        default=0.0, ge=0, le=4, description="clients weigh n^beta: 1 by samples, 0 all alike"
+    )
+    min_count: int = Field(default=1, ge=1, description="clients an entry needs to move")
+    compat: Literal["lego-alg2"] | None = Field(
+        default=None, description="lego-alg2: the paper's letter, fallback zero and mask nonzero"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_compat(cls, given: Any) -> Any:
+        """Let ``compat`` set what it stands for; a contradiction is an error, not a surprise."""
+        if not isinstance(given, dict) or given.get("compat") != "lego-alg2":
+            return given
+        for key, value in (("fallback", "zero"), ("mask", "nonzero")):
+            if given.get(key, value) != value:
+                raise ValueError(f"compat lego-alg2 means {key} {value}, not {given[key]}")
+        return {**given, "fallback": "zero", "mask": "nonzero"}
+
+
+class HeteAggLayerParams(Params):
+    """Parameters of the aggregator ``heteagg-layer``."""
+
+    group_weighting: Literal["client", "group"] = Field(
+        default="client", description="clients count alike, or their depths do"
+    )
+    beta: float = Field(
+        default=0.0, ge=0, le=4, description="clients weigh n^beta: 1 by samples, 0 all alike"
     )

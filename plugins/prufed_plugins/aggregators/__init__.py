@@ -1,0 +1,1 @@
+"""Methods that merge the clients' adapters into the global one: one method, one file."""

@@ -1,0 +1,161 @@
+"""What a client may send: checked before it is merged, so that nothing is dropped in silence.
+
+A name that matches nothing, a missing layer or a tensor of another shape is an error, never
+skipped: a merge that loads what fits and ignores the rest has "federated" nothing and not said so.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from prufed_plugins.aggregators.coverage import as_float, select
+from prufed_plugins.api import GlobalState, Part, Update
+from prufed_plugins.errors import MethodError, UpdateError
+from prufed_plugins.masks import split_factor
+from prufed_plugins.names import in_layers
+
+_SAME_RUN = "every client must start from this run's global adapter"
+
+
+def in_order(updates: Sequence[Update]) -> list[Update]:
+    """Return the updates by client name.
+
+    Raises:
+        UpdateError: two have the same name.
+    """
+    ordered = sorted(updates, key=lambda update: update.client)
+    for one, other in itertools.pairwise(ordered):
+        if one.client == other.client:
+            raise UpdateError(one.client, "sent two updates", "give every client its own name")
+    return ordered
+
+
+def check_facts(update: Update, state: GlobalState, *, mixes_ranks: bool) -> None:
+    """Check everything about an update that can be known without reading a tensor.
+
+    Raises:
+        UpdateError: a number is out of range, or a tensor or mask is missing or unknown.
+    """
+    _check_numbers(update)
+    _check_layers(update, state.layers)
+    if update.rank != state.rank and not mixes_ranks:
+        raise UpdateError(
+            update.client,
+            f"rank {update.rank} is not the global rank {state.rank}",
+            f"train every client at rank {state.rank}, or choose an aggregator that mixes ranks",
+        )
+    expected = {name for name in state.tensors if in_layers(name, update.kept_layers)}
+    sent = set(update.tensors)
+    _refuse_names(update.client, "has no tensor", expected - sent)
+    _refuse_names(update.client, "sent an unknown tensor", sent - expected)
+    _refuse_names(update.client, "sent a mask of an unknown tensor", set(update.masks or ()) - sent)
+
+
+def load_part(update: Update, names: Mapping[str, str], state: GlobalState) -> Part:
+    """Read one client's share of one module and bring it into the common scale.
+
+    With s_i the client's scaling and s the global one, both factors are multiplied by sqrt(s_i/s),
+    so that s · B A is what s_i · B_i A_i was. Entries that are masked out are never looked at; if
+    one of them is NaN or infinite, all of them are set to zero.
+
+    Args:
+        update: what the client sent.
+        names: global tensor names by the keys of :class:`Part`.
+        state: the global adapter before the round.
+
+    Raises:
+        UpdateError: a shape or dtype is wrong, or an entry that exists is NaN or infinite.
+    """
+    tensors: dict[str, Tensor] = {}
+    masks: dict[str, Tensor | None] = {}
+    factor = math.sqrt(update.scaling / state.scaling)
+    for key, name in names.items():
+        mask = _read_mask(update, name)
+        tensor = _finite(update.client, name, _read_tensor(update, name, state), mask)
+        tensors[key] = tensor if factor == 1.0 else tensor * factor
+        masks[key] = mask
+    return Part(update.client, tensors, masks, update.samples, update.weight, update.rank)
+
+
+def _check_numbers(update: Update) -> None:
+    for what, value in (
+        ("samples", update.samples),
+        ("rank", update.rank),
+        ("scaling", update.scaling),
+        ("weight", update.weight),
+    ):
+        if not (math.isfinite(value) and value > 0):
+            raise UpdateError(update.client, f"{what} is {value}", "give a positive number")
+
+
+def _check_layers(update: Update, layers: int) -> None:
+    kept = update.kept_layers
+    if len(set(kept)) != len(kept):
+        raise UpdateError(update.client, f"kept layers {list(kept)} repeat", "name each layer once")
+    outside = [layer for layer in kept if not 0 <= layer < layers]
+    if outside:
+        raise UpdateError(
+            update.client,
+            f"kept layer {outside[0]} is not one of the {layers} layers",
+            f"layers are numbered 0 to {layers - 1}, as in the full model",
+        )
+
+
+def _refuse_names(client: str, what: str, names: set[str]) -> None:
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise UpdateError(client, f"{what} {min(names)}{more}", _SAME_RUN)
+
+
+def _read_tensor(update: Update, name: str, state: GlobalState) -> Tensor:
+    try:
+        tensor = update.tensors[name]
+    except MethodError as error:
+        raise UpdateError(update.client, error.message, error.hint) from error
+    expected = list(state.tensors[name].shape)
+    expected[0 if split_factor(name)[1] == "A" else 1] = update.rank
+    if list(tensor.shape) != expected:
+        raise UpdateError(
+            update.client, f"{name} has shape {list(tensor.shape)}, not {expected}", _SAME_RUN
+        )
+    if not tensor.is_floating_point():
+        raise UpdateError(update.client, f"{name} has dtype {tensor.dtype}", "send it as float32")
+    return as_float(tensor.detach().cpu())
+
+
+def _read_mask(update: Update, name: str) -> Tensor | None:
+    if update.masks is None or name not in update.masks:
+        return None
+    try:
+        mask = update.masks[name]
+    except MethodError as error:
+        raise UpdateError(update.client, error.message, error.hint) from error
+    return mask.detach().cpu()
+
+
+def _finite(client: str, name: str, tensor: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the tensor if every entry that exists is finite."""
+    if mask is not None and (mask.shape != tensor.shape or mask.dtype != torch.bool):
+        raise UpdateError(
+            client,
+            f"the mask of {name} is {mask.dtype} of shape {list(mask.shape)}, "
+            f"not bool of shape {list(tensor.shape)}",
+            _SAME_RUN,
+        )
+    if bool(tensor.sum().isfinite()):  # one fast pass: NaN and infinity survive a sum
+        return tensor
+    if mask is not None:
+        tensor = select(tensor, mask)
+    bad = int((~tensor.isfinite()).sum())
+    if bad:
+        raise UpdateError(
+            client,
+            f"{name} has {bad} entries that are NaN or infinite",
+            "lower the client's learning rate",
+        )
+    return tensor

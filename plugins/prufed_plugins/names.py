@@ -1,0 +1,35 @@
+"""What the global name of an adapter tensor says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prufed_plugins.masks import split_factor
+
+
+def layer_index(name: str) -> int | None:
+    """Return the decoder layer a module or tensor belongs to; None where it belongs to none.
+
+    It is the first component that is a number: 3 in ``model.layers.3.self_attn.q_proj``,
+    ``transformer.h.3.attn.c_attn`` and ``model.decoder.layers.3.fc1``.
+    """
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+
+
+def in_layers(name: str, layers: Iterable[int]) -> bool:
+    """Return whether a client with these decoder layers has the module; all share the others."""
+    index = layer_index(name)
+    return index is None or index in layers
+
+
+def by_module(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Return {module: {``lora_A.weight``: name, …}} in the order in which modules first occur.
+
+    Raises:
+        MethodError: a name is not ``<module>.lora_A.weight`` or ``<module>.lora_B.weight``.
+    """
+    modules: dict[str, dict[str, str]] = {}
+    for name in names:
+        module, factor = split_factor(name)
+        modules.setdefault(module, {})[f"lora_{factor}.weight"] = name
+    return modules

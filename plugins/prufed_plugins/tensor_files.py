@@ -1,0 +1,107 @@
+"""Tensors of a safetensors file, read one at a time and never kept.
+
+``safetensors.safe_open`` maps the file: what has been read stays resident for as long as the file
+is open, and opening it anew for every tensor parses the header every time. A merge over many
+clients wants neither, so the header is parsed once and each access reads its own bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from prufed_plugins.errors import MethodError
+
+_DTYPES: Final[Mapping[str, torch.dtype]] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_LENGTH_BYTES: Final = 8  # the header's length, little endian, comes first
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """A safetensors file as a mapping; every access reads the tensor anew.
+
+    Memory in use is that of the tensors the caller still holds, whatever the size of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Parse the header.
+
+        Args:
+            path: the file; it must not change while it is read.
+
+        Raises:
+            MethodError: the file is missing, truncated or no safetensors file.
+        """
+        self._path = path
+        try:
+            with safe_open(path, framework="pt"):  # checks lengths, offsets and dtypes
+                pass
+            self._start, self._entries = _read_header(path)
+        except (OSError, SafetensorError, ValueError) as error:
+            raise MethodError(
+                f"cannot read tensors from {path}: {error}", "make the adapter again"
+            ) from error
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read one tensor.
+
+        Raises:
+            KeyError: the file has no such tensor.
+            MethodError: the file has become shorter or unreadable, or the dtype is not supported.
+        """
+        entry = self._entries[name]
+        if entry["dtype"] not in _DTYPES:
+            raise MethodError(
+                f"{name} in {self._path} has dtype {entry['dtype']}", "save it as F32, F16 or BF16"
+            )
+        begin, end = entry["data_offsets"]
+        data = torch.empty(end - begin, dtype=torch.uint8)
+        try:
+            with self._path.open("rb", buffering=0) as file:
+                file.seek(self._start + begin)
+                _fill(data.numpy().data, file)
+        except OSError as error:
+            raise MethodError(
+                f"cannot read {name} from {self._path}: {error}", "make the adapter again"
+            ) from error
+        return data.view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def _read_header(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Return (offset of the first tensor's bytes, entries by name)."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        header: dict[str, dict[str, Any]] = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return _LENGTH_BYTES + length, header
+
+
+def _fill(view: memoryview, file: Any) -> None:
+    """Read exactly ``len(view)`` bytes; one read returns at most 2 GiB."""
+    while view:
+        count = file.readinto(view)
+        if not count:
+            raise OSError(f"{len(view)} bytes are missing at the end of the file")
+        view = view[count:]

@@ -1,0 +1,106 @@
+"""Gives the new global adapter back to a client: Algorithm 2 of LEGO, second half.
+
+Every client of the federation gets it, not only those of the round (2410.18287, "applied to each
+of the client SLMs").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from prufed_plugins.api import GlobalState
+from prufed_plugins.errors import MethodError
+from prufed_plugins.masks import split_factor
+from prufed_plugins.names import in_layers
+
+
+def write_back(
+    state: GlobalState,
+    *,
+    masks: Mapping[str, Tensor] | None,
+    kept_layers: Sequence[int],
+    scaling: float,
+    rank: int,
+    own: Mapping[str, Tensor] | None = None,
+    share: float = 0.0,
+) -> dict[str, Tensor]:
+    """Return a client's next adapter: the global one on its layers and mask, in its own scale.
+
+    ``θ_i = where(m_i, (1 - ρ) g sqrt(s/s_i) + ρ θ_i, 0)``: absent entries are zero, so the client
+    keeps its sparsity. A client of lower rank gets the first r_i ranks, as HetLoRA truncates
+    (2401.06432).
+
+    Args:
+        state: the global adapter.
+        masks: the client's masks by global name; absent names, or None, mean every entry.
+        kept_layers: global indices of the client's layers.
+        scaling: s_i.
+        rank: r_i, at most the global rank.
+        own: the client's tensors by global name, in its own scale; needed for ``share``.
+        share: ρ in [0, 1], the part of its own values that the client keeps.
+
+    Returns:
+        New tensors by global name, for the client's layers only, in the dtypes of the state.
+
+    Raises:
+        MethodError: the rank, the scaling, the share or a shape does not fit, or a mask or the
+            client's own tensor is unknown or missing.
+    """
+    _check(state, scaling, rank, share)
+    names = [name for name in state.tensors if in_layers(name, kept_layers)]
+    _check_names("mask", set(masks or ()) - set(names), "unknown")
+    if share > 0:
+        _check_names("own tensor", set(names) - set(own or ()), "missing")
+    factor = math.sqrt(state.scaling / scaling)
+    result = {}
+    for name in names:
+        source = _first_ranks(name, state.tensors[name], rank)
+        values = source if factor == 1.0 else source.double() * factor
+        if share > 0 and own is not None:
+            kept = _fitting("own tensor", name, own[name], source.shape)
+            values = (1 - share) * values.double() + share * kept.double()
+        values = values.to(source.dtype)
+        mask = masks.get(name) if masks is not None else None
+        if mask is not None:
+            fitting = _fitting("mask", name, mask, source.shape)
+            values = torch.where(fitting, values, torch.zeros_like(values))
+        result[name] = values.clone(memory_format=torch.contiguous_format)
+    return result
+
+
+def _check(state: GlobalState, scaling: float, rank: int, share: float) -> None:
+    if not 0 <= share <= 1:
+        raise MethodError(f"share {share} is outside [0, 1]", "0 takes the global adapter whole")
+    if not (math.isfinite(scaling) and scaling > 0):
+        raise MethodError(f"scaling is {scaling}", "give a positive number")
+    if not 1 <= rank <= state.rank:
+        raise MethodError(
+            f"rank {rank} is not between 1 and the global rank {state.rank}",
+            f"give the client a rank of at most {state.rank}",
+        )
+
+
+def _check_names(what: str, names: set[str], problem: str) -> None:
+    if names:
+        raise MethodError(
+            f"the client's {what} {min(names)} is {problem}",
+            "the client and the global adapter do not belong together",
+        )
+
+
+def _first_ranks(name: str, tensor: Tensor, rank: int) -> Tensor:
+    """Return A (r, k) as (r_i, k), B (d, r) as (d, r_i)."""
+    return tensor[:rank] if split_factor(name)[1] == "A" else tensor[:, :rank]
+
+
+def _fitting(what: str, name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
+    if tensor.shape != shape:
+        raise MethodError(
+            f"the client's {what} {name} has shape {list(tensor.shape)}, not {list(shape)}",
+            "the client and the global adapter do not belong together",
+        )
+    return tensor
