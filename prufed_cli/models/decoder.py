@@ -100,6 +100,7 @@ def find_stack(model: PreTrainedModel) -> str:
     config = model.config.get_text_config()
     if config.is_encoder_decoder:
         raise _unsupported(name, "it is an encoder-decoder")
+    path: str
     for path, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or len(module) != config.num_hidden_layers:
             continue

@@ -43,7 +43,7 @@ def slice_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel
     for local, layer in enumerate(kept):
         for module in stack[layer].modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = local
+                setattr(module, "layer_idx", local)  # noqa: B010 (nn.Module types attributes as tensors)
     model.set_submodule(path, nn.ModuleList(stack[layer] for layer in kept))
     _slice_config(model.config.get_text_config(), kept)
     return model

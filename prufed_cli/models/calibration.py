@@ -1,0 +1,280 @@
+"""Calibration text: from a file, a directory or a data set to batches of token ids.
+
+The documents are tokenized without special tokens and laid end to end, the tokenizer's own document
+mark between them. As the SparseGPT and Wanda scripts do with C4, sequences of equal length are cut
+at seeded random offsets; a text too short for that is cut from its beginning, piece after piece, so
+that no token is used twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from prufed_cli.errors import FAILED, NOT_FOUND, USAGE, PrufedError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+END_OF_DOCUMENT: Final = "<|endoftext|>"
+"""Separates the documents of a plain text file."""
+
+LONGEST: Final = 2048
+"""Tokens per sequence unless the tokenizer's model takes fewer, as in the published scripts."""
+
+SURPLUS: Final = 4
+"""Tokens are read until there are this many times what the sequences need."""
+
+FIELDS: Final = ("instruction", "context", "response")
+HINT: Final = "pass a text or JSONL file, a directory, a Hub data set, or nothing for the built-in"
+
+_PIECE: Final = 1 << 20
+_HUB_ID: Final = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Token ids to calibrate with.
+
+    Attributes:
+        batches: int64, each (B, T), without padding.
+        digest: ``sha256:…`` over the shape and the ids of all sequences.
+        description: what the text was and how much of it is used, without a path.
+    """
+
+    batches: list[Tensor]
+    digest: str
+    description: str
+
+
+def calibration_batches(
+    source: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int = 128,
+    length: int | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+) -> Calibration:
+    """Return batches of calibration sequences.
+
+    Args:
+        source: a text file; a ``.jsonl`` file; a local ``datasets`` directory; the id of a data set
+            on the Hub, ``id`` or ``id:configuration``; None for the embedded text. Rows have a
+            ``text``, or an ``instruction``, ``context`` and ``response``.
+        tokenizer: of the model to be pruned.
+        samples: how many sequences; a short text gives fewer.
+        length: tokens per sequence; None for what the tokenizer's model takes, at most 2048 and at
+            most what there is.
+        seed: decides the offsets.
+        batch_size: sequences per batch.
+
+    Raises:
+        PrufedError: the source is missing, empty, damaged, or shorter than one sequence.
+    """
+    name = "the embedded text" if source is None else Path(source).name
+    wanted = length or min(int(tokenizer.model_max_length), LONGEST)
+    stream = _token_stream(documents(source), tokenizer, SURPLUS * samples * wanted)
+    if not stream:
+        raise PrufedError(f"calibration text {source} is empty", HINT, FAILED)
+    size = wanted if length else min(wanted, len(stream))
+    if len(stream) < size or size < 2:
+        raise PrufedError(
+            f"{name} has {len(stream)} tokens, fewer than one calibration sequence of {size}",
+            f"give more text, or shorter sequences: --length {max(len(stream), 2)}",
+            FAILED,
+        )
+    sequences = cut(stream, samples, size, seed)
+    return Calibration(
+        _batches(sequences, batch_size),
+        _digest(sequences),
+        f"{name}, {len(sequences)} sequences of {size} tokens",
+    )
+
+
+def cut(stream: Sequence[int], samples: int, length: int, seed: int) -> list[list[int]]:
+    """Cut sequences out of a token stream that has at least ``length`` tokens.
+
+    Returns:
+        ``samples`` sequences at random offsets, or, where the stream is too short to give as many
+        side by side, as many as it gives from its beginning.
+    """
+    room = len(stream) // length
+    if room < samples:
+        offsets: Iterable[int] = range(0, room * length, length)
+    else:
+        generator = random.Random(seed)
+        offsets = [generator.randint(0, len(stream) - length) for _ in range(samples)]
+    return [list(stream[offset : offset + length]) for offset in offsets]
+
+
+def documents(source: str | None) -> Iterator[str]:
+    """Yield the documents of a source; see :func:`calibration_batches`.
+
+    Raises:
+        PrufedError: the source is missing or damaged, with the line at fault.
+    """
+    if source is None:
+        from prufed_cli.assets import embedded_calibration
+
+        return _text_file(embedded_calibration())
+    path = Path(source)
+    if path.is_dir():
+        return _directory(path)
+    if path.is_file():
+        return _json_lines(path) if path.suffix in {".jsonl", ".json"} else _text_file(path)
+    if path.suffix in {".jsonl", ".json", ".txt", ".text", ".md"} or not _HUB_ID.fullmatch(source):
+        raise PrufedError(f"calibration text {source} does not exist", HINT, NOT_FOUND)
+    return _hub(source)
+
+
+def row_text(row: Any, where: str) -> str:
+    """Return a row's ``text``, or its instruction, context and response on lines of their own.
+
+    Raises:
+        PrufedError: the row has none of them; names ``where``.
+    """
+    if isinstance(row, Mapping):
+        if isinstance(row.get("text"), str):
+            return str(row["text"])
+        parts = [row[field] for field in FIELDS if isinstance(row.get(field), str)]
+        if parts:
+            return "\n".join(part for part in parts if part)
+    raise PrufedError(
+        f"{where} has no text, instruction, context or response",
+        "give every row a text, or an instruction and a response",
+        USAGE,
+    )
+
+
+def _text_file(path: Path) -> Iterator[str]:
+    """Yield the documents of a text file, and an endless one in pieces."""
+    rest = ""
+    try:
+        with path.open(encoding="utf-8") as file:
+            while piece := file.read(_PIECE):
+                *complete, rest = (rest + piece).split(END_OF_DOCUMENT)
+                yield from complete
+                if len(rest) > _PIECE:
+                    yield rest
+                    rest = ""
+    except (UnicodeDecodeError, OSError) as error:
+        raise _unreadable(path, error) from error
+    yield rest
+
+
+def _json_lines(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield row_text(_parse(path, number, line), f"{path.name} line {number}")
+    except (UnicodeDecodeError, OSError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _parse(path: Path, number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise PrufedError(
+            f"{path.name} line {number} is not JSON: {error.msg} at column {error.colno}",
+            "write one JSON object per line; is the file cut off?",
+            USAGE,
+        ) from error
+
+
+def _unreadable(path: Path, error: Exception) -> PrufedError:
+    reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
+    return PrufedError(f"cannot read calibration text {path}: {reason}", HINT, FAILED)
+
+
+def _directory(path: Path) -> Iterator[str]:
+    """Yield the rows of a directory made by ``save_to_disk``, or of the data files in one."""
+    import datasets
+
+    saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+    try:
+        if saved:
+            rows = datasets.load_from_disk(str(path))
+            if isinstance(rows, Mapping):
+                rows = rows.get("train", next(iter(rows.values())))
+        else:
+            rows = datasets.load_dataset(str(path), split="train", streaming=True)
+        yield from _rows(rows, path.name)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise PrufedError(f"{path} is no data set: {_first_line(error)}", HINT, FAILED) from error
+
+
+def _hub(source: str) -> Iterator[str]:
+    """Yield the rows of a Hub data set's training split as they stream in."""
+    import datasets
+
+    repository, _, configuration = source.partition(":")
+    try:
+        rows = datasets.load_dataset(
+            repository, configuration or None, split="train", streaming=True
+        )
+        yield from _rows(rows, source)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise PrufedError(
+            f"calibration text {source} is neither a file here nor a data set on the Hub",
+            HINT,
+            NOT_FOUND,
+        ) from error
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise PrufedError(
+            f"cannot read data set {source}: {_first_line(error)}",
+            "check the network (prufed doctor), or pass a local file",
+            FAILED,
+        ) from error
+
+
+def _rows(rows: Iterable[Any], name: str) -> Iterator[str]:
+    for number, row in enumerate(rows, start=1):
+        yield row_text(row, f"{name} row {number}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _token_stream(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, enough: int
+) -> list[int]:
+    """Return the tokens of the documents, a document mark before each, until there are enough."""
+    mark = list(tokenizer("")["input_ids"])
+    if not mark and tokenizer.eos_token_id is not None:
+        mark = [tokenizer.eos_token_id]
+    stream: list[int] = []
+    for text in texts:
+        if not text.strip():
+            continue
+        stream += mark
+        stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(stream) >= enough:
+            break
+    return stream
+
+
+def _batches(sequences: Sequence[Sequence[int]], batch_size: int) -> list[Tensor]:
+    import torch
+
+    ids = torch.tensor(sequences, dtype=torch.int64)
+    return [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
+
+
+def _digest(sequences: Sequence[Sequence[int]]) -> str:
+    import numpy as np
+
+    ids = np.asarray(sequences, dtype="<i8")
+    content = hashlib.sha256(f"{ids.shape[0]}x{ids.shape[1]}:".encode())
+    content.update(ids.tobytes())
+    return f"sha256:{content.hexdigest()}"
