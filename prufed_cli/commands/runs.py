@@ -1,0 +1,110 @@
+"""``prufed runs``: what runs there are, and what happened in each."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from prufed_cli.commands.options import Json, Quiet
+from prufed_cli.completion import complete_run
+
+if TYPE_CHECKING:
+    from prufed_cli.federation.journal import Event
+
+app = typer.Typer(help="List runs, show one, or go on with one.", no_args_is_help=True)
+
+RunId = Annotated[str, typer.Argument(autocompletion=complete_run)]
+
+
+@app.command("list")
+def list_command(as_json: Json = False) -> None:
+    """List runs, oldest first."""
+    from prufed_cli.federation.journal import list_runs
+    from prufed_cli.home import runs_directory
+    from prufed_cli.output import emit_json, table
+
+    runs = list_runs(runs_directory())
+    if as_json:
+        emit_json(
+            {
+                "runs": [
+                    {
+                        "run": run.id,
+                        "created": run.document["created"],
+                        "rounds": run.document["plan"]["rounds"],
+                        "merged": len(run.select("merged")),
+                        "finished": run.finished,
+                    }
+                    for run in runs
+                ]
+            }
+        )
+        return
+    table(
+        ["run", "created", "rounds", "state"],
+        [
+            [
+                run.id,
+                str(run.document["created"])[:19],
+                f"{len(run.select('merged'))}/{run.document['plan']['rounds']}",
+                "finished" if run.finished else "unfinished",
+            ]
+            for run in runs
+        ],
+    )
+
+
+@app.command("show")
+def show_command(run_id: RunId, as_json: Json = False) -> None:
+    """Show what happened in every round of a run."""
+    from prufed_cli.federation.journal import load
+    from prufed_cli.home import runs_directory
+    from prufed_cli.output import emit_json, print_line, table
+
+    run = load(runs_directory(), run_id)
+    if as_json:
+        emit_json({"run": run.id, **run.document, "events": run.events})
+        return
+    print_line(f"run       {run.id}, {'finished' if run.finished else 'unfinished'}")
+    print_line(f"base      {run.document['base']}")
+    table(
+        ["round", "client", "adapter", "loss", "tokens", "seconds"],
+        [row for event in run.events for row in _rows(event)],
+        numeric=(0, 4, 5),
+    )
+    for event in run.select("evaluated"):
+        print_line(f"round {event['round'] + 1} {event['subject']}: {_scores(event)}")
+    if not run.finished:
+        print_line(f"`prufed federate --resume {run.id}` goes on")
+
+
+@app.command("resume")
+def resume_command(run_id: RunId, quiet: Quiet = False) -> None:
+    """Go on with an interrupted run; the same as `prufed federate --resume`."""
+    from prufed_cli.federation.federate import federate
+    from prufed_cli.output import print_line, reporter
+
+    print_line(federate(resume=run_id, reporter=reporter(quiet=quiet)).artifact.ref)
+
+
+def _rows(event: Event) -> list[list[object]]:
+    number = event.get("round", 0) + 1
+    if event["event"] == "client":
+        loss = f"{event['loss_first']:.3f} to {event['loss_last']:.3f}"
+        return [[number, event["client"], event["ref"], loss, event["tokens"], event["seconds"]]]
+    if event["event"] == "client_failed":
+        return [[number, event["client"], f"failed: {event['reason']}", "", "", ""]]
+    if event["event"] == "merged":
+        rows: list[list[object]] = [
+            [number, name, f"excluded: {reason}", "", "", ""]
+            for name, reason in event["excluded"].items()
+        ]
+        return [*rows, [number, "(global)", event["ref"], "", "", event["seconds"]]]
+    if event["event"] == "written_back":
+        return [["", event["client"], f"{event['ref']} (written back)", "", "", ""]]
+    return []
+
+
+def _scores(event: Event) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in event["scores"].items())

@@ -1,0 +1,214 @@
+"""The use case behind ``prufed federate``: plan, make what is missing, run, resume."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prufed_cli.errors import INTEGRITY, USAGE, PrufedError
+from prufed_cli.federation import journal
+from prufed_cli.federation.plan import Plan, describe, make_plan
+from prufed_cli.progress import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from prufed_cli.config import FederationConfig
+    from prufed_registry import Artifact, Registry
+
+
+@dataclass(frozen=True)
+class FederateResult:
+    """A finished run.
+
+    Attributes:
+        run: its journal.
+        artifact: the last global adapter.
+    """
+
+    run: journal.Run
+    artifact: Artifact
+
+
+def plan_federation(clients: Path, registry: Registry | None = None) -> Plan:
+    """Return the plan of a clients.yaml; nothing is written and torch is not imported.
+
+    Raises:
+        ConfigError: the file is not valid; every error is in the message.
+        PrufedError: data, references or disk space do not allow the run.
+    """
+    from prufed_cli.config import load
+    from prufed_cli.home import open_registry
+
+    return make_plan(load(clients), registry or open_registry())
+
+
+def federate(
+    clients: Path | None = None,
+    *,
+    config: FederationConfig | None = None,
+    resume: str | None = None,
+    registry: Registry | None = None,
+    runs: Path | None = None,
+    reporter: Reporter = SILENT,
+) -> FederateResult:
+    """Run a federation, or go on with one that was interrupted.
+
+    Args:
+        clients: the configuration file.
+        config: the configuration itself, instead of a file.
+        resume: the id of a run; neither ``clients`` nor ``config`` is given then.
+        registry: where artifacts go; this machine's by default.
+        runs: where runs go; this machine's by default.
+        reporter: is told how far the run is.
+
+    Raises:
+        ConfigError: the configuration is not valid.
+        PrufedError: the run cannot begin, or fewer clients than needed came through a round.
+    """
+    from prufed_cli.home import open_registry, runs_directory
+
+    registry = registry or open_registry()
+    runs = runs or runs_directory()
+    if resume is not None:
+        if clients is not None or config is not None:
+            raise PrufedError(
+                "a resumed run has its own configuration", "give --resume RUN alone", USAGE
+            )
+        run = journal.load(runs, resume)
+        with run.locked():
+            # Another process may have written to the journal until it released the lock.
+            run = journal.load(runs, resume)
+            return _go_on(run, _planned(run, registry), registry, reporter)
+    plan = make_plan(config or _load(clients), registry)
+    run = journal.create(runs, plan.config.name, _document(plan))
+    reporter.note(f"run {run.id}")
+    with run.locked():
+        return _go_on(run, plan, registry, reporter)
+
+
+def set_values(config: FederationConfig, settings: Mapping[str, Any]) -> FederationConfig:
+    """Return a configuration with values replaced by dotted key, such as ``tuner.lr``.
+
+    ``aggregator=fedavg`` replaces the whole section by that method.
+
+    Raises:
+        PrufedError: no such key, or a value that is not accepted.
+    """
+    from prufed_cli.config import validated
+
+    document = config.model_dump(mode="json", exclude_none=True)
+    for key, value in settings.items():
+        section: Any = document
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise PrufedError(f"--set {key}: {parent} is not a section", exit_code=USAGE)
+        section[leaf] = value
+    return validated(document)
+
+
+def _load(clients: Path | None) -> FederationConfig:
+    from prufed_cli.config import load
+
+    if clients is None:
+        raise PrufedError(
+            "no configuration given",
+            "use --clients clients.yaml; `prufed init` writes one to start from",
+            USAGE,
+        )
+    return load(clients)
+
+
+def _document(plan: Plan) -> dict[str, Any]:
+    return {
+        "configuration": plan.config.model_dump(mode="json", exclude_none=True),
+        "base": plan.base,
+        "plan": describe(plan),
+    }
+
+
+def _planned(run: journal.Run, registry: Registry) -> Plan:
+    """Return the plan of a run that exists, and make sure that its data has not changed."""
+    from prufed_cli.config import validated
+
+    document = {**run.document["configuration"], "base": run.document["base"]}
+    plan = make_plan(validated(document), registry)
+    before = {client["name"]: client["data_digest"] for client in run.document["plan"]["clients"]}
+    for client in plan.clients:
+        if before.get(client.name) != client.data_digest:
+            raise PrufedError(
+                f"the data of client {client.name} has changed since run {run.id} began",
+                "restore the file, or start a new run",
+                INTEGRITY,
+            )
+    return plan
+
+
+def _go_on(run: journal.Run, plan: Plan, registry: Registry, reporter: Reporter) -> FederateResult:
+    from prufed_cli.federation.rounds import make_federation
+    from prufed_cli.models.base import choose_device, find_base
+
+    choose_device(plan.config.device)
+    full = find_base(plan.base, registry)
+    bases = _submodels(plan, full, registry, reporter)
+    _check_unchanged(run, full, bases)
+    federation = make_federation(run, plan, registry, full, bases, reporter)
+    if run.find("started") is None:
+        run.record(
+            "started",
+            base=full.ref,
+            digest=full.digest,
+            clients={
+                name: {"ref": base.ref, "digest": base.digest} for name, base in bases.items()
+            },
+        )
+    return FederateResult(run, federation.rounds())
+
+
+def _submodels(
+    plan: Plan, full: Artifact, registry: Registry, reporter: Reporter
+) -> dict[str, Artifact]:
+    """Return every client's sub-model, made where the registry has none of that recipe."""
+    from dataclasses import replace
+
+    from prufed_cli.pruning import prune
+
+    made: dict[str, Artifact] = {}
+    bases: dict[str, Artifact] = {}
+    with reporter.task("sub-models", total=len(plan.clients)) as task:
+        for client in plan.clients:
+            wanted = client.submodel
+            if wanted.request is None:
+                chosen = full if wanted.reference in {plan.base, None} else None
+                bases[client.name] = chosen or registry.resolve(str(wanted.reference))
+            else:
+                request = replace(wanted.request, base=full.ref)
+                key = repr(request)
+                if key not in made:
+                    made[key] = prune(
+                        request,
+                        registry=registry,
+                        device=plan.config.device,
+                        dtype=plan.config.dtype,
+                        reporter=reporter,
+                    ).artifact
+                bases[client.name] = made[key]
+            task.advance()
+    return bases
+
+
+def _check_unchanged(run: journal.Run, full: Artifact, bases: Mapping[str, Artifact]) -> None:
+    """Refuse to resume on models other than those the run began with."""
+    started = run.find("started")
+    if started is None:
+        return
+    begun = {name: facts["digest"] for name, facts in started["clients"].items()}
+    now = {name: base.digest for name, base in bases.items()}
+    if started["digest"] != full.digest or begun != now:
+        raise PrufedError(
+            f"the models of run {run.id} are not those it began with",
+            "`prufed verify` checks the registry; or start a new run",
+            INTEGRITY,
+        )
