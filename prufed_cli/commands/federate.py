@@ -28,7 +28,7 @@ def command(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Replace a value of the configuration: rounds=2, aggregator=fedavg, tuner.lr=1e-4.",
+            help="Replace a value of the configuration: rounds=2, tuner.lr=1e-4; repeatable.",
         ),
     ] = None,
     dry_run: Annotated[

@@ -95,7 +95,7 @@ def set_values(config: FederationConfig, settings: Mapping[str, Any]) -> Federat
     Raises:
         PrufedError: no such key, or a value that is not accepted.
     """
-    from prufed_cli.config import validated
+    from prufed_cli.config.documents import validated
 
     document = config.model_dump(mode="json", exclude_none=True)
     for key, value in settings.items():
@@ -131,7 +131,7 @@ def _document(plan: Plan) -> dict[str, Any]:
 
 def _planned(run: journal.Run, registry: Registry) -> Plan:
     """Return the plan of a run that exists, and make sure that its data has not changed."""
-    from prufed_cli.config import validated
+    from prufed_cli.config.documents import validated
 
     document = {**run.document["configuration"], "base": run.document["base"]}
     plan = make_plan(validated(document), registry)
