@@ -195,7 +195,7 @@ def _problem(model: type[BaseModel], details: ErrorDetails, settings: Mapping[st
     if what in {"value_error", "assertion_error"}:
         return Problem(key, str(details.get("ctx", {}).get("error", details["msg"])))
     said = f"{details['msg'][:1].lower()}{details['msg'][1:]}, not {details['input']!r}"
-    return Problem(key, f"{said} (accepted: {accepts})" if accepts else said)
+    return Problem(key, f"{said} (accepted: {accepts})" if accepts and len(where) == 1 else said)
 
 
 def _unknown(key: str, known: Sequence[str]) -> str:
