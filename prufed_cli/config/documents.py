@@ -1,4 +1,4 @@
-"""Check a configuration that is a document in memory: a stored run's, or one with values replaced."""
+"""Check a configuration that is a document in memory: a stored run, or values replaced."""
 
 from __future__ import annotations
 

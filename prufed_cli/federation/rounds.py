@@ -26,6 +26,7 @@ from prufed_cli.federation.artifacts import (
 )
 from prufed_cli.federation.clients import Client, make_client, make_spec
 from prufed_cli.federation.local import Job, LocalEngine, Outcome
+from prufed_cli.federation.scoring import Scoring, numbers
 from prufed_cli.federation.seeds import derive
 from prufed_cli.models.adapters import AdapterSpec, init_global, target_layers, target_shapes
 from prufed_plugins.aggregators.streaming import aggregate
@@ -56,6 +57,7 @@ class Federation:
         spec: the global adapter.
         state: the global adapter's tensors after the last merged round.
         engine: trains clients.
+        scoring: measures models between rounds.
         reporter: is told how far the run is.
         transposed: whether the target layers keep their weights as (k, d).
     """
@@ -68,6 +70,7 @@ class Federation:
     spec: AdapterSpec
     state: GlobalState
     engine: LocalEngine
+    scoring: Scoring
     reporter: Reporter
     transposed: bool
     newest: Artifact | None = None
@@ -380,17 +383,28 @@ class Federation:
         """Score the global adapter, and the clients if asked, when the round is due."""
         wanted = self.plan.config.evaluate
         last = index + 1 == self.plan.config.rounds
-        if not (wanted.tasks or wanted.perplexity) or self.newest is None:
+        due = last or (index + 1) % wanted.every == 0
+        if not due or not (wanted.tasks or wanted.perplexity):
             return
-        if not last and (index + 1) % wanted.every:
-            return
-        from prufed_cli.federation.scoring import score_clients, score_global
+        self._score(index, "global", self.full, (self.spec, self.state.tensors))
+        for client in self.clients.values() if wanted.clients else ():
+            tensors = self._start(index + 1, client, self._masks(client))
+            self._score(index, client.name, client.base, (client.spec, client.local(tensors)))
 
-        if self.run.find("evaluated", round=index, subject="global") is None:
-            with self.reporter.task(f"round {index + 1}: evaluate"):
-                score_global(self, index)
-        if wanted.clients:
-            score_clients(self, index)
+    def _score(
+        self,
+        index: int,
+        subject: str,
+        base: Artifact,
+        adapter: tuple[AdapterSpec, Mapping[str, Tensor]],
+    ) -> None:
+        if self.run.find("evaluated", round=index, subject=subject) is not None:
+            return
+        with self.reporter.task(f"round {index + 1}: evaluate {subject}"):
+            scores = numbers(self.scoring.score(base, adapter))
+        self.run.record("evaluated", round=index, subject=subject, scores=scores)
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+        self.reporter.note(f"round {index + 1}: {subject}: {shown}")
 
     # --- reading back ----------------------------------------------------------------------------
 
@@ -457,6 +471,10 @@ def make_federation(
         client.name: make_client(client, bases[client.name], full, layers, config.seed, registry)
         for client in plan.clients
     }
+    engine = LocalEngine(config.device, config.dtype)
+    scoring = Scoring(config.evaluate, engine, reporter)
+    if config.evaluate.tasks:
+        scoring.find()  # an unknown task must not be found out after hours of tuning
     return Federation(
         run=run,
         plan=plan,
@@ -465,7 +483,8 @@ def make_federation(
         clients=clients,
         spec=spec,
         state=state,
-        engine=LocalEngine(config.device, config.dtype),
+        engine=engine,
+        scoring=scoring,
         reporter=reporter,
         transposed=transposed,
     )
