@@ -1,0 +1,136 @@
+"""How an evaluation is shown: one table, a line per comparison, or one JSON document."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, Final
+
+from prufed_cli.evaluation.compare import Comparison, EvaluationReport, Row
+from prufed_cli.evaluation.scores import Metric, TaskScore
+
+NOTHING: Final = "-"
+
+
+def table_of(report: EvaluationReport) -> tuple[list[str], list[list[str]]]:
+    """Return the columns and rows of the table: references down, tasks across.
+
+    Accuracies are percentages with one standard error; the columns of what was not measured are
+    left out.
+    """
+    rows = report.rows
+    columns: list[tuple[str, list[str]]] = [("reference", [row.reference for row in rows])]
+    for name, task in rows[0].scores.tasks.items():
+        heading = name if task.primary == "acc" else f"{name} ({task.primary})"
+        columns.append((heading, [_task_cell(row.scores.tasks[name]) for row in rows]))
+    for metric, heading in (("acc", "mean"), ("acc_norm", "mean acc_norm")):
+        means = [row.scores.mean(metric) for row in rows]
+        if len(rows[0].scores.tasks) > 1 and any(means):
+            columns.append((heading, [_percent(mean) for mean in means]))
+    if any(row.scores.perplexity for row in rows):
+        columns += _perplexity_columns(rows)
+    columns.append(("sparsity", [f"{row.scores.footprint.sparsity:.1%}" for row in rows]))
+    columns.append(("size", [size_text(row.bytes) for row in rows]))
+    speeds = [row.scores.tokens_per_second for row in rows]
+    if any(speeds):
+        columns.append(("tokens/s", [f"{speed:,.0f}" if speed else NOTHING for speed in speeds]))
+    return [heading for heading, _ in columns], [
+        [cells[index] for _, cells in columns] for index in range(len(rows))
+    ]
+
+
+def comparison_line(comparison: Comparison) -> str:
+    """Return one sentence about a paired difference, in percentage points."""
+    paired = comparison.paired
+    return (
+        f"{comparison.second} against {comparison.first}: {100 * paired.difference:+.1f} points "
+        f"of {comparison.metric}, {paired.level:.0%} interval {100 * paired.low:+.1f} to "
+        f"{100 * paired.high:+.1f} (paired bootstrap, {paired.documents} documents)"
+    )
+
+
+def document_of(report: EvaluationReport) -> dict[str, Any]:
+    """Return the report as JSON; every document's answer stays in the registry."""
+    return {
+        "references": [_row_document(row) for row in report.rows],
+        "comparisons": [
+            {
+                "first": each.first,
+                "second": each.second,
+                "metric": each.metric,
+                **asdict(each.paired),
+            }
+            for each in report.comparisons
+        ],
+    }
+
+
+def size_text(size: int) -> str:
+    """Return a number of bytes as people write it: 1.0 MB, 13.5 GB."""
+    number, units = float(size), ["B", "kB", "MB", "GB", "TB"]
+    while number >= 1000 and len(units) > 1:
+        number /= 1000
+        units.pop(0)
+    return f"{number:.0f} B" if units[0] == "B" else f"{number:.1f} {units[0]}"
+
+
+def _row_document(row: Row) -> dict[str, Any]:
+    scores = row.scores
+    means = {metric: scores.mean(metric) for metric in ("acc", "acc_norm")}
+    perplexity = None
+    if scores.perplexity is not None:
+        perplexity = asdict(scores.perplexity)
+        perplexity["value"] = _finite(scores.perplexity.value)
+    return {
+        "reference": row.reference,
+        "digest": row.digest,
+        "kind": row.kind,
+        "base": row.base,
+        "bytes": row.bytes,
+        "cached": row.cached,
+        "tasks": {name: _task_document(task) for name, task in scores.tasks.items()},
+        "subtasks": {
+            name: _task_document(task)
+            for name, task in scores.leaves.items()
+            if name not in scores.tasks
+        },
+        "mean": {name: asdict(mean) for name, mean in means.items() if mean is not None},
+        "perplexity": perplexity,
+        "footprint": {**asdict(scores.footprint), "sparsity": scores.footprint.sparsity},
+        "tokens_per_second": scores.tokens_per_second,
+    }
+
+
+def _task_document(task: TaskScore) -> dict[str, Any]:
+    return {
+        "documents": task.documents,
+        "metrics": {
+            name: {"value": _finite(metric.value), "stderr": metric.stderr}
+            for name, metric in task.metrics.items()
+        },
+    }
+
+
+def _task_cell(task: TaskScore) -> str:
+    metric = task.metrics[task.primary]
+    return _percent(metric) if 0 <= metric.value <= 1 else f"{metric.value:.3f}"
+
+
+def _percent(metric: Metric | None) -> str:
+    if metric is None:
+        return NOTHING
+    error = "" if metric.stderr is None else f" ±{100 * metric.stderr:.1f}"
+    return f"{100 * metric.value:.1f}{error}"
+
+
+def _perplexity_columns(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
+    found = [row.scores.perplexity for row in rows]
+    values = [NOTHING if each is None else f"{each.value:.2f}" for each in found]
+    bits = [NOTHING if each is None else f"{each.bits_per_byte:.3f}" for each in found]
+    return [("perplexity", values), ("bits/byte", bits)]
+
+
+def _finite(value: float) -> float | None:
+    """Return a number that JSON has; infinity and NaN become null."""
+    return value if math.isfinite(value) else None

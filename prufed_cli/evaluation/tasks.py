@@ -1,0 +1,269 @@
+"""Find lm-eval tasks by name and build them once.
+
+lm-eval's own index of thousands of YAML files takes more than ten seconds to read, so a name is
+looked for in the directory given, among the embedded tasks, then in lm-eval's directory of that
+name, and only then in the whole index.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from prufed_cli.errors import NOT_FOUND, USAGE, PrufedError
+from prufed_cli.evaluation.documents import data_files, file_digest, overrides
+from prufed_cli.evaluation.session import contained
+from prufed_cli.home import home
+from prufed_cli.progress import SILENT, Reporter
+
+FEWSHOT_SEED: Final = 1234
+"""lm-eval's own default."""
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One task that is scored.
+
+    Attributes:
+        name: as lm-eval knows it.
+        digest: over configuration, data files, limit, few-shot count and lm-eval's version.
+        manager: the lm-eval task manager that knows it.
+        changes: to its configuration.
+    """
+
+    name: str
+    digest: str
+    manager: Any = field(repr=False, compare=False)
+    changes: Mapping[str, Any] = field(repr=False, compare=False)
+
+
+class TaskSet:
+    """Tasks found by name; the documents are read and the requests built once, when first used.
+
+    Attributes:
+        leaves: name to task, in the order asked for.
+        columns: what is reported: a task, or a group with the tasks it pools.
+        limit: at most so many documents per task.
+        num_fewshot: labelled examples before each document.
+    """
+
+    def __init__(
+        self,
+        leaves: Mapping[str, Leaf],
+        columns: Mapping[str, tuple[str, ...]],
+        *,
+        limit: int | None,
+        num_fewshot: int,
+    ) -> None:
+        self.leaves = dict(leaves)
+        self.columns = dict(columns)
+        self.limit = limit
+        self.num_fewshot = num_fewshot
+        self._built: dict[str, Any] = {}
+
+    def build(self, names: Sequence[str] | None = None) -> dict[str, Any]:
+        """Return name to lm-eval task object, with its requests built.
+
+        Raises:
+            PrufedError: a data set cannot be read, or the task needs images or runs code.
+        """
+        names = list(self.leaves) if names is None else names
+        for name in names:
+            if name not in self._built:
+                self._built[name] = self._build(self.leaves[name])
+        return {name: self._built[name] for name in names}
+
+    def _build(self, leaf: Leaf) -> Any:
+        with contained():
+            task = _load(leaf)
+            if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+                raise PrufedError(
+                    f"task {leaf.name} runs generated code or needs images or sound",
+                    "choose a task of text only",
+                    USAGE,
+                )
+            task.set_config(key="num_fewshot", value=self.num_fewshot)
+            task.set_fewshot_seed(seed=FEWSHOT_SEED)
+            task.build_all_requests(limit=self.limit, rank=0, world_size=1)
+        _keep_requests(task)
+        return task
+
+
+def find_tasks(
+    names: Sequence[str],
+    *,
+    include_path: Path | None = None,
+    limit: int | None = None,
+    num_fewshot: int = 0,
+    reporter: Reporter = SILENT,
+) -> TaskSet:
+    """Find tasks, groups and tags by name, without reading their documents.
+
+    Args:
+        names: as lm-eval knows them, or as a YAML file under ``include_path`` names them.
+        include_path: a directory of task YAML files.
+        limit: at most so many documents per task.
+        num_fewshot: labelled examples before each document.
+        reporter: is told when the slow index is read.
+
+    Raises:
+        PrufedError: an unknown name, a missing data file, or a limit below one.
+    """
+    if limit is not None and limit < 1:
+        raise PrufedError(f"limit {limit} leaves no document", "give --limit 1 or more", USAGE)
+    leaves: dict[str, Leaf] = {}
+    columns: dict[str, tuple[str, ...]] = {}
+    extra = {"limit": limit, "num_fewshot": num_fewshot}
+    for name in dict.fromkeys(names):
+        manager = _manager_with(name, include_path, reporter)
+        index = manager.task_index
+        members = list(_members(index, name, {}))
+        for member in members:
+            leaf = _leaf(manager, member, extra)
+            leaves[leaf.name] = leaf
+        pooled = {name: tuple(member["task"] for member in members)}
+        apart = {member["task"]: (member["task"],) for member in members}
+        columns.update(pooled if index[name].kind.name == "GROUP" else apart)
+    return TaskSet(leaves, columns, limit=limit, num_fewshot=num_fewshot)
+
+
+def _manager_with(name: str, include_path: Path | None, reporter: Reporter) -> Any:
+    """Return the first task manager that knows a name."""
+    known: list[str] = []
+    for directory in _directories(name, include_path):
+        manager = _manager(directory)
+        if name in manager.task_index:
+            return manager
+        known += manager.all_tasks
+    reporter.note(f"looking for {name} in lm-eval's whole index (this takes a while)")
+    manager = _manager(None)
+    if name in manager.task_index:
+        return manager
+    near = difflib.get_close_matches(name, [*known, *manager.all_tasks], n=3)
+    where = f" in {include_path}" if include_path else ""
+    hint = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists them all"
+    raise PrufedError(f"no lm-eval task {name!r}{where}", hint, USAGE)
+
+
+def _directories(name: str, include_path: Path | None) -> Iterator[Path]:
+    if include_path is not None:
+        if not include_path.is_dir():
+            raise PrufedError(
+                f"no directory {include_path}", "give a directory of task YAML files", NOT_FOUND
+            )
+        yield include_path
+    from prufed_cli.assets import EMBEDDED_TASKS, embedded_tasks
+
+    if name in EMBEDDED_TASKS:
+        yield embedded_tasks()
+    import lm_eval.tasks
+
+    own = Path(lm_eval.tasks.__file__).parent / name
+    if re.fullmatch(r"\w[\w.-]*", name) and own.is_dir():
+        yield own
+
+
+def _manager(directory: Path | None) -> Any:
+    """Return a manager of one directory's tasks, or of all that lm-eval brings."""
+    from lm_eval.tasks import TaskManager
+
+    with contained():
+        return TaskManager(
+            include_path=None if directory is None else str(directory.resolve()),
+            include_defaults=directory is None,
+        )
+
+
+def _members(
+    index: Mapping[str, Any], name: str, changes: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Yield the tasks behind a task, a tag or a group, with a group's changes to them."""
+    entry = index.get(name)
+    if entry is None:
+        raise PrufedError(f"a group names {name!r}, which is no task", "check its YAML file", USAGE)
+    if entry.kind.name == "TAG":
+        for task in sorted(entry.tags):
+            yield from _members(index, task, changes)
+    elif entry.kind.name == "GROUP":
+        yield from _group_members(index, entry.cfg, changes)
+    else:
+        yield {**changes, "task": name}
+
+
+def _group_members(
+    index: Mapping[str, Any], group: Mapping[str, Any], changes: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    members = group["task"]
+    for member in [members] if isinstance(members, str) else members:
+        if isinstance(member, str):
+            yield from _members(index, member, changes)
+        elif "group" in member and member["group"] not in index:
+            yield from _group_members(index, member, changes)
+        else:
+            name = member.get("group") or member["task"]
+            own = {key: value for key, value in member.items() if key not in {"group", "task"}}
+            yield from _members(index, name, {**changes, **own})
+
+
+def _leaf(manager: Any, member: Mapping[str, Any], extra: Mapping[str, Any]) -> Leaf:
+    """Describe one task: what identifies its scores, and what to change to build it."""
+    from importlib.metadata import version
+
+    name = member["task"]
+    entry = manager.task_index[name]
+    config = {**entry.cfg, **member}
+    directory = entry.yaml_path.parent
+    files = data_files(config, directory)
+    identity = {
+        "config": {key: value for key, value in config.items() if key != "dataset_kwargs"},
+        "settings": {} if files else config.get("dataset_kwargs"),
+        "files": {split: [file_digest(path) for path in files[split]] for split in files},
+        "code": _code_digests(entry.yaml_path),
+        "lm_eval": version("lm-eval"),
+        **extra,
+    }
+    text = json.dumps(identity, sort_keys=True, default=str).replace(str(directory), ".")
+    digest = "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+    changes = {**member, **overrides(files, config, home() / "cache" / "datasets")}
+    return Leaf(name, digest, manager, changes)
+
+
+def _code_digests(yaml_path: Path) -> dict[str, str]:
+    """Return the digests of the Python files beside a YAML file, which it may call."""
+    return {path.name: file_digest(path) for path in sorted(yaml_path.parent.glob("*.py"))}
+
+
+def _load(leaf: Leaf) -> Any:
+    """Build one task; an inline group is lm-eval's way to change a task that its index knows."""
+    try:
+        loaded = leaf.manager.load([{"group": "prufed", "task": [dict(leaf.changes)]}])
+    except PrufedError:
+        raise
+    except Exception as error:  # a task's configuration may run any code of lm-eval's or its own
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise PrufedError(
+            f"task {leaf.name} cannot be built: {reason[0].rstrip('.')}",
+            "check its YAML file; a data set of the Hub needs a network",
+        ) from error
+    return loaded["tasks"][leaf.name]
+
+
+def _keep_requests(task: Any) -> None:
+    """Make later evaluations use the requests already built.
+
+    lm-eval builds them anew on every call; with few-shot examples drawn from a generator that has
+    moved on, two models would even be asked different questions.
+    """
+
+    def reuse(**_: object) -> None:
+        for instance in task.instances:
+            instance.resps.clear()
+            instance.filtered_resps.clear()
+
+    task.build_all_requests = reuse
