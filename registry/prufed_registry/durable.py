@@ -72,7 +72,7 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def is_full_disk(error: BaseException) -> bool:
+def is_full_disk(error: BaseException | None) -> bool:
     """Say whether an exception means that no more bytes fit."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _FULL

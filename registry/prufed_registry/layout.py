@@ -119,7 +119,12 @@ class Layout:
             if not self.exists():
                 self.root.mkdir(parents=True, exist_ok=True)
                 content = json.dumps({"layout": LAYOUT}).encode()
-                write_atomically(self.root / LAYOUT_FILE, content)
+                try:
+                    write_atomically(self.root / LAYOUT_FILE, content)
+                except FileNotFoundError:
+                    # Another process created it first, and its gc took our temporary file.
+                    if not self.exists():
+                        raise
             for directory in (self.artifacts, self.blobs.parent, self.blobs, self.staging):
                 make_directory(directory)
             for directory in (self.evaluations, self.records.parent):

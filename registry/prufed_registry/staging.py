@@ -90,9 +90,9 @@ class Staging:
     ) -> None:
         delete_tree(self.path)
         self._release()
-        if isinstance(error, Exception) and not isinstance(error, RegistryError):
-            if is_full_disk(error):
-                raise full_disk_error("write the artifact") from error
+        expected = error is None or isinstance(error, RegistryError)
+        if not expected and is_full_disk(error):
+            raise full_disk_error("write the artifact") from error
 
     def publish(
         self,
@@ -151,7 +151,7 @@ class Staging:
         """
         if self._files is None:
             (self.path / MANIFEST).unlink(missing_ok=True)
-            found = sorted(_regular_files(self.path))
+            found = sorted(regular_files(self.path))
             if not found:
                 raise InvalidRequest("an empty directory cannot be published", "write files first")
             for path in found:
@@ -261,7 +261,12 @@ def _seal(file: Path) -> FileEntry:
     return FileEntry(hash_file(file), file.stat().st_size)
 
 
-def _regular_files(root: Path) -> Iterator[str]:
+def regular_files(root: Path) -> Iterator[str]:
+    """Return the paths of the files under `root`, relative to it.
+
+    Raises:
+        InvalidRequest: there is a link or a device, or a name that cannot be stored.
+    """
     for directory, directories, files in os.walk(root):
         for name in (*directories, *files):
             path = Path(directory, name)

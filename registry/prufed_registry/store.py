@@ -5,6 +5,7 @@ Anything may read at any time without a lock, because a version appears and disa
 
 from __future__ import annotations
 
+import builtins
 import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +23,7 @@ from prufed_registry.durable import (
 from prufed_registry.errors import Damaged, InvalidRequest, NotFound
 from prufed_registry.index import DAMAGED, Index
 from prufed_registry.layout import Layout
+from prufed_registry.names import Reference, parse_reference
 from prufed_registry.staging import Staging
 
 if TYPE_CHECKING:
@@ -52,13 +54,13 @@ class Registry:
         """Return a directory to write a new artifact into, for a ``with`` statement."""
         return Staging(self._layout)
 
-    def names(self) -> list[str]:
+    def names(self) -> builtins.list[str]:
         """Return the names that have a living version, sorted."""
         return [
             name for name in versions.all_names(self._layout) if versions.living(self._layout, name)
         ]
 
-    def list(self, name: str | None = None, kind: str | None = None) -> list[Artifact]:
+    def list(self, name: str | None = None, kind: str | None = None) -> builtins.list[Artifact]:
         """Return the living versions, by name and then oldest first.
 
         A version whose manifest cannot be read is listed with the kind ``damaged``.
@@ -92,7 +94,7 @@ class Registry:
             NotFound: there is no such version; the message names near ones.
             Damaged: its manifest is not what was published.
         """
-        location = self._locate(names.parse_reference(reference))
+        location = self._locate(parse_reference(reference))
         artifact = self._artifacts([location])[0]
         if artifact.kind == DAMAGED:
             artifact.manifest  # noqa: B018  raises with the reason
@@ -117,7 +119,7 @@ class Registry:
         names.check_alias(alias)
         self._layout.create()
         with storage_errors(f"set the alias {name}@{alias}"), self._layout.changing():
-            self._locate(names.Reference(name, version=version))
+            self._locate(Reference(name, version=version))
             make_directory(self._layout.aliases(name))
             write_atomically(self._layout.aliases(name) / alias, str(version).encode())
 
@@ -142,7 +144,7 @@ class Registry:
         numbers = {alias: versions.alias_version(text) for alias, text in found.items()}
         return {alias: number for alias, number in numbers.items() if number is not None}
 
-    def children(self, reference: str) -> Sequence[Artifact]:
+    def children(self, reference: str) -> builtins.list[Artifact]:
         """Return the living artifacts made from this one, whatever name they know it by."""
         digest = self.resolve(reference).digest
         return [
@@ -164,7 +166,7 @@ class Registry:
         """
         from prufed_registry.removal import remove
 
-        remove(self, self._layout, self._locate(names.parse_reference(reference)))
+        remove(self, self._layout, self._locate(parse_reference(reference)))
 
     def gc(self, dry_run: bool = False) -> GcReport:
         """Delete what no artifact uses: blobs, dead writers' staging, unfinished removals.
@@ -176,7 +178,7 @@ class Registry:
 
         return collect(self._layout, self._index, dry_run=dry_run)
 
-    def verify(self, references: Iterable[str] | None = None) -> Sequence[Problem]:
+    def verify(self, references: Iterable[str] | None = None) -> builtins.list[Problem]:
         """Read every byte and return what is not as it was published; nothing if all is well.
 
         Args:
@@ -186,7 +188,7 @@ class Registry:
 
         if references is None:
             return verify.check_registry(self._layout)
-        located = [self._locate(names.parse_reference(reference)) for reference in references]
+        located = [self._locate(parse_reference(reference)) for reference in references]
         return verify.check_versions(self._layout, located)
 
     def export(self, reference: str, directory: Path, base: str | None = None) -> Path:
@@ -230,7 +232,7 @@ class Registry:
     def save_evaluation(
         self, artifact_digest: str, task_digest: str, payload: Mapping[str, Any]
     ) -> None:
-        """Record one artifact's result on one task, beside the artifact; a later one replaces it."""
+        """Record one artifact's result on one task, beside it; a later one replaces it."""
         names.check_digest(artifact_digest)
         names.check_digest(task_digest)
         self._layout.create()
@@ -258,7 +260,7 @@ class Registry:
                 ) from error
         return results
 
-    def _artifacts(self, locations: Iterable[Location]) -> list[Artifact]:
+    def _artifacts(self, locations: Iterable[Location]) -> builtins.list[Artifact]:
         found = {location.key: location for location in locations}
         records = self._index.lookup({key: each.directory for key, each in found.items()})
         return [
@@ -266,7 +268,7 @@ class Registry:
             for key, each in found.items()
         ]
 
-    def _locate(self, reference: names.Reference) -> Location:
+    def _locate(self, reference: Reference) -> Location:
         """Return the version a reference means, without reading its manifest where possible."""
         name, version = reference.name, reference.version
         if reference.alias is not None:

@@ -1,0 +1,230 @@
+"""Artifacts into and out of the registry as plain directories."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from prufed_registry import names
+from prufed_registry.artifact import Artifact
+from prufed_registry.digests import MANIFEST, FileEntry, content_digest, read_payload
+from prufed_registry.durable import TEMPORARY_PREFIX, delete_tree, hash_file, storage_errors
+from prufed_registry.errors import Damaged, InvalidRequest, NotFound
+from prufed_registry.manifest import Manifest, parse_manifest
+from prufed_registry.staging import regular_files
+from prufed_registry.weights import check_no_pickle
+
+if TYPE_CHECKING:
+    from prufed_registry.store import Registry
+
+ADAPTER_CONFIG = "adapter_config.json"
+_SHARDS = "model.safetensors.index.json"
+_BASE = re.compile(r'("base_model_name_or_path"\s*:\s*)(?:"(?:[^"\\]|\\.)*"|null)')
+
+
+def rewrite_base(config: str, base: str) -> str:
+    """Return the text of an ``adapter_config.json`` with another base model named in it.
+
+    Only that one value changes, so writing the old value back restores the old bytes.
+
+    Args:
+        config: the file's text.
+        base: a path, a reference or a Hub id.
+
+    Raises:
+        InvalidRequest: the configuration names no base model.
+    """
+    rewritten, count = _BASE.subn(lambda match: match[1] + json.dumps(base), config, count=1)
+    if not count:
+        raise InvalidRequest(
+            f"{ADAPTER_CONFIG} has no base_model_name_or_path", "save the adapter with PEFT again"
+        )
+    return rewritten
+
+
+def export(artifact: Artifact, directory: Path, base: str | None) -> Path:
+    """Copy an artifact's files, checked against the manifest, to a new directory.
+
+    Raises:
+        InvalidRequest: the directory holds something.
+        Damaged: the artifact's bytes are not what was published.
+    """
+    directory = directory.absolute()
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise InvalidRequest(f"{directory} exists and is not empty", "name a new directory")
+    manifest = artifact.manifest
+    partial = directory.with_name(f"{TEMPORARY_PREFIX}{uuid4().hex}")
+    with storage_errors(f"export {artifact.ref}"):
+        try:
+            partial.mkdir(parents=True)
+            _copy(artifact.path, partial, [*manifest.files, MANIFEST])
+            _check_copy(artifact, manifest, partial)
+            config = partial / ADAPTER_CONFIG
+            if base is not None and config.exists():
+                config.write_text(rewrite_base(config.read_text("utf-8"), base), "utf-8")
+            partial.rename(directory)
+        finally:
+            delete_tree(partial)
+    return directory
+
+
+def directory_digest(directory: Path) -> str:
+    """Return the digest that `directory` would have as an artifact, without copying it."""
+    found = [path for path in regular_files(directory) if not _is_hidden(path) and path != MANIFEST]
+    entries = {
+        path: FileEntry(hash_file(directory / path), (directory / path).stat().st_size)
+        for path in found
+    }
+    return content_digest(entries)
+
+
+def import_directory(registry: Registry, directory: Path, name: str | None, kind: str) -> Artifact:
+    """Publish a copy of a directory; see `Registry.import_directory`."""
+    if not directory.exists():
+        raise NotFound(f"there is no directory {directory}", "check the path")
+    if not directory.is_dir():
+        raise InvalidRequest(f"{directory} is not a directory", "give a model's directory")
+    if (directory / MANIFEST).exists():
+        return _import_published(registry, directory, name)
+    return _import_model(registry, directory, name, kind)
+
+
+def _import_model(registry: Registry, directory: Path, name: str | None, kind: str) -> Artifact:
+    names.check_kind(kind)
+    source = directory.resolve().name
+    name = _name_or_slug(name, source)
+    found = [path for path in regular_files(directory) if not _is_hidden(path)]
+    for path in found:
+        check_no_pickle(path)
+    _check_configuration(directory, kind)
+    _check_weights(directory, kind, found)
+    with registry.stage() as staging:
+        with storage_errors(f"import {directory}"):
+            _copy(directory, staging.path, found)
+            digest = content_digest(staging.seal())
+        # The content is the recipe of what came from outside, so the same import is found again.
+        recipe = {"command": "import", "digest": digest}
+        return staging.publish(name, kind, recipe=recipe, details={"source": source})
+
+
+def _import_published(registry: Registry, directory: Path, name: str | None) -> Artifact:
+    manifest = _foreign_manifest(directory)
+    present = set(regular_files(directory))
+    for path in manifest.files:
+        check_no_pickle(path)
+        if path not in present:
+            raise Damaged(f"{path!r} is missing from {directory}", "fetch the directory again")
+    with registry.stage() as staging:
+        with storage_errors(f"import {directory}"):
+            _copy(directory, staging.path, manifest.files)
+            _restore_base(staging.path, manifest)
+            sealed = staging.seal()
+        for path, entry in manifest.files.items():
+            if sealed[path] != entry:
+                raise Damaged(
+                    f"{path!r} in {directory} is not what its manifest says",
+                    f"fetch the directory again, or delete {MANIFEST} to import it as it stands",
+                )
+        return staging.publish(
+            manifest.name if name is None else name,
+            manifest.kind,
+            parents=manifest.parents,
+            recipe=manifest.recipe,
+            environment=manifest.environment,
+            metrics=manifest.metrics,
+            details=manifest.details,
+        )
+
+
+def _name_or_slug(name: str | None, source: str) -> str:
+    """Return `name`, checked, or one made of the source directory's name."""
+    if name is None:
+        return names.slug(source)
+    names.check_name(name)
+    return name
+
+
+def _foreign_manifest(directory: Path) -> Manifest:
+    try:
+        return parse_manifest(read_payload(directory, str(directory)), str(directory))
+    except Damaged as error:
+        raise Damaged(
+            error.message,
+            f"fetch the directory again, or delete {MANIFEST} to import it as it stands",
+        ) from error
+
+
+def _restore_base(staged: Path, manifest: Manifest) -> None:
+    """Undo what export and push do to an adapter: name the base as the manifest's bytes did."""
+    config, entry = staged / ADAPTER_CONFIG, manifest.files.get(ADAPTER_CONFIG)
+    if entry is None or hash_file(config) == entry.sha256:
+        return
+    text = config.read_text("utf-8", errors="replace")
+    for parent in manifest.parents:
+        if not _BASE.search(text):
+            return
+        config.write_text(rewrite_base(text, parent.ref), "utf-8")
+        if hash_file(config) == entry.sha256:
+            return
+
+
+def _check_configuration(directory: Path, kind: str) -> None:
+    is_adapter = kind in names.ADAPTER_KINDS
+    required = ADAPTER_CONFIG if is_adapter else "config.json"
+    path = directory / required
+    if not path.exists():
+        other = directory / ("config.json" if is_adapter else ADAPTER_CONFIG)
+        hint = "give the directory that save_pretrained wrote"
+        if other.exists():
+            hint = f"it holds {other.name}: give its kind, one of {', '.join(names.KINDS)}"
+        raise InvalidRequest(f"{directory} has no {required}", hint)
+    _read_object(path)
+
+
+def _check_weights(directory: Path, kind: str, found: Iterable[str]) -> None:
+    expected = {path for path in found if path.endswith(".safetensors")}
+    if kind in names.ADAPTER_KINDS:
+        expected &= {"adapter_model.safetensors"}
+    if not expected:
+        raise InvalidRequest(
+            f"{directory} has no safetensors weights", "save the model with save_pretrained"
+        )
+    if (directory / _SHARDS).exists():
+        weights = _read_object(directory / _SHARDS).get("weight_map")
+        shards = set(weights.values()) if isinstance(weights, dict) else set()
+        if missing := sorted(str(shard) for shard in shards if shard not in expected):
+            raise Damaged(f"{directory} lacks the shard {missing[0]!r}", "fetch it again")
+
+
+def _read_object(path: Path) -> dict[str, object]:
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise Damaged(f"{path} is not JSON: {error}", "fetch it again") from error
+    if not isinstance(value, dict):
+        raise Damaged(f"{path} is not a JSON object", "fetch it again")
+    return value
+
+
+def _is_hidden(path: str) -> bool:
+    return any(part.startswith(".") for part in path.split("/"))
+
+
+def _copy(source: Path, target: Path, paths: Iterable[str]) -> None:
+    for path in paths:
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / path, target / path, follow_symlinks=False)
+
+
+def _check_copy(artifact: Artifact, manifest: Manifest, copy: Path) -> None:
+    for path, entry in manifest.files.items():
+        if hash_file(copy / path) != entry.sha256:
+            raise Damaged(
+                f"{path!r} of {artifact.ref} has changed since it was published",
+                f"run 'prufed verify {artifact.ref}'",
+            )
