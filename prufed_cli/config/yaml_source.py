@@ -19,7 +19,7 @@ KeyPath = tuple[str | int, ...]
 """Where a value stands: keys and list indices from the top."""
 
 MAX_DEPTH: Final = 40
-MAX_VALUES: Final = 500_000
+MAX_VALUES: Final = 200_000
 MAX_BYTES: Final = 8 * 2**20
 
 _TAG: Final = "tag:yaml.org,2002:"
@@ -90,8 +90,8 @@ def parse(data: bytes) -> Source:
         return Source(lines, faults=(_syntax_fault(error),))
     except yaml.reader.ReaderError as error:
         position = _position_of_index(text, error.position)
-        shown = f"U+{ord(error.character):04X}" if isinstance(error.character, str) else "it"
-        return Source(lines, faults=(Fault(position, f"the character {shown} is not allowed"),))
+        message = f"the character U+{error.character:04X} is not allowed"
+        return Source(lines, faults=(Fault(position, message),))
     if node is None:
         return Source(lines, faults=(Fault(START, "the file is empty"),))
     return _walk(lines, node)
