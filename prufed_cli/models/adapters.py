@@ -182,12 +182,12 @@ class AttachedAdapter:
         module.requires_grad_(False)
         for name, layer in self._layers.items():
             _replace(module, name, layer)
-        self.parameters = {
+        self.parameters: Mapping[str, nn.Parameter] = {
             f"{name}.{factor}.weight": cast(nn.Parameter, getattr(layer, factor))
             for name, layer in self._layers.items()
             for factor in ("lora_A", "lora_B")
         }
-        self.masks = {
+        self.masks: Mapping[str, Tensor] = {
             name: mask.to(self.parameters[name].device, torch.bool) for name, mask in masks.items()
         }
         self.project()

@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from prufed_plugins.errors import MethodError
+from prufed_plugins.masks import (
+    METADATA_KEY,
+    digest,
+    factor_masks,
+    load_masks,
+    magnitude_mask,
+    nested_mask,
+    pack,
+    removed_count,
+    save_masks,
+    unpack,
+)
+
+shapes = st.lists(st.integers(1, 12), min_size=1, max_size=3)
+sparsities = st.floats(0, 0.99)
+quick = settings(max_examples=40, deadline=None)
+
+A, B = "model.layers.0.q_proj.lora_A.weight", "model.layers.0.q_proj.lora_B.weight"
+FACTORS = {A: torch.ones(4, 8), B: torch.ones(6, 4)}
+
+
+@quick
+@given(shapes, sparsities, sparsities, st.integers(0, 2**70))
+def test_a_sparser_nested_mask_lies_inside_a_denser_one(
+    shape: list[int], one: float, other: float, seed: int
+) -> None:
+    sparse = nested_mask(shape, max(one, other), seed=seed, name="x")
+    dense = nested_mask(shape, min(one, other), seed=seed, name="x")
+    assert not (sparse & ~dense).any()
+
+
+@quick
+@given(shapes, sparsities)
+def test_masks_remove_the_exact_count(shape: list[int], sparsity: float) -> None:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    removed = removed_count(sparsity, values.numel())
+    assert values.numel() * sparsity - 1 < removed <= values.numel() * sparsity + 1e-9
+    assert int((~nested_mask(shape, sparsity, seed=0, name="x")).sum()) == removed
+    assert int((~magnitude_mask(values, sparsity)).sum()) == removed
+
+
+def test_a_sparsity_is_the_decimal_that_was_typed() -> None:
+    assert removed_count(0.29, 100) == 29
+    assert removed_count(0.57, 100) == 57
+    assert removed_count(1 / 3, 3) == 0  # 0.3333333333333333 lies below a third
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, float("nan"), float("inf")])
+def test_a_sparsity_outside_its_range_is_refused(sparsity: float) -> None:
+    with pytest.raises(MethodError, match="outside"):
+        nested_mask((2, 2), sparsity, seed=0, name="x")
+
+
+def test_nested_masks_are_the_same_everywhere() -> None:
+    # a fixed answer: every party of a federation must derive these very bits, in every version
+    mask = nested_mask((2, 8), 0.5, seed=7, name=A)
+    assert pack(mask).tolist() == [111, 5]
+
+
+def test_nested_masks_differ_by_seed_name_and_shape() -> None:
+    first = nested_mask((8, 16), 0.5, seed=0, name=A)
+    assert not torch.equal(first, nested_mask((8, 16), 0.5, seed=1, name=A))
+    assert not torch.equal(first, nested_mask((8, 16), 0.5, seed=0, name=B))
+    assert not torch.equal(first.flatten(), nested_mask((16, 8), 0.5, seed=0, name=A).flatten())
+
+
+def test_equal_magnitudes_go_by_index() -> None:
+    mask = magnitude_mask(torch.tensor([[1.0, -1.0], [1.0, 2.0]]), 0.5)
+    assert mask.tolist() == [[False, False], [True, True]]
+
+
+def test_magnitude_leaves_a_zero_factor_whole() -> None:
+    masks = factor_masks("magnitude", {A: torch.randn(4, 8), B: torch.zeros(6, 4)}, 0.5, seed=0)
+    assert masks.keys() == {A}
+
+
+def test_rank_masks_keep_the_first_ranks() -> None:
+    masks = factor_masks("rank", FACTORS, 0.6, seed=0)  # 4 ranks: two removed, two kept
+    assert masks[A][:2].all()
+    assert not masks[A][2:].any()
+    assert masks[B][:, :2].all()
+    assert not masks[B][:, 2:].any()
+
+
+def test_structured_masks_follow_the_base() -> None:
+    base = torch.zeros(6, 8, dtype=torch.bool)
+    base[:3, :4] = True  # input features 0-3 and output features 0-2 survive
+    name = "model.layers.0.q_proj.weight"
+    masks = factor_masks("structured", FACTORS, 0.5, seed=0, base_masks={name: base})
+    assert masks[A].all(dim=0).tolist() == [True] * 4 + [False] * 4
+    assert masks[B].all(dim=1).tolist() == [True] * 3 + [False] * 3
+
+
+def test_structured_rows_go_by_the_weights_where_every_row_is_equally_dense() -> None:
+    name = "model.layers.0.q_proj.weight"
+    weight = torch.arange(6.0)[:, None].expand(6, 8)
+    masks = factor_masks(
+        "structured",
+        FACTORS,
+        0.5,
+        seed=0,
+        base_masks={name: torch.ones(6, 8, dtype=torch.bool)},
+        base_weights={name: weight},
+    )
+    assert masks[B].all(dim=1).tolist() == [False] * 3 + [True] * 3
+
+
+def test_structured_masks_need_a_base_mask_that_fits() -> None:
+    with pytest.raises(MethodError, match=r"q_proj\.weight"):
+        factor_masks("structured", FACTORS, 0.5, seed=0)
+    wrong = {"model.layers.0.q_proj.weight": torch.ones(8, 6, dtype=torch.bool)}
+    with pytest.raises(MethodError, match="8 features"):
+        factor_masks("structured", FACTORS, 0.5, seed=0, base_masks=wrong)
+
+
+@pytest.mark.parametrize("kind", ["none", "nested", "magnitude", "rank", "structured"])
+def test_sparsity_zero_masks_nothing_even_where_a_value_is_zero(kind: str) -> None:
+    assert factor_masks(kind, {A: torch.zeros(4, 8)}, 0.0, seed=0) == {}  # type: ignore[arg-type]
+
+
+def test_factor_masks_refuse_what_is_no_factor() -> None:
+    with pytest.raises(MethodError, match="not the name of an adapter tensor"):
+        factor_masks("nested", {"model.norm.weight": torch.ones(3)}, 0.5, seed=0)
+
+
+@quick
+@given(shapes, st.integers(0, 2**32))
+def test_packing_is_undone_by_unpacking(shape: list[int], seed: int) -> None:
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+    packed = pack(mask)
+    assert packed.numel() == (mask.numel() + 7) // 8
+    assert torch.equal(unpack(packed, shape), mask)
+
+
+@pytest.mark.parametrize(
+    ("packed", "shape"),
+    [
+        (torch.zeros(2, dtype=torch.uint8), (4, 2)),  # a byte too many
+        (torch.zeros(1, dtype=torch.uint8), (3, 3)),  # a bit too few
+        (torch.zeros(1, dtype=torch.int8), (4, 2)),
+        (torch.tensor([0b1000_0000], dtype=torch.uint8), (7,)),  # a bit beyond the end
+    ],
+)
+def test_packed_masks_of_another_length_are_refused(
+    packed: torch.Tensor, shape: tuple[int, ...]
+) -> None:
+    with pytest.raises(MethodError, match="packed mask"):
+        unpack(packed, shape)
+
+
+def test_files_keep_masks_and_are_the_same_bytes(tmp_path: Path) -> None:
+    masks = {"b": torch.rand(3, 5) < 0.5, "a": torch.rand(4, 4) < 0.5}
+    save_masks(tmp_path / "one", masks)
+    save_masks(tmp_path / "two", dict(reversed(masks.items())))
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    loaded = load_masks(tmp_path / "one")
+    assert all(torch.equal(loaded[name], masks[name]) for name in masks)
+    assert digest(loaded) == digest(masks)
+
+
+def test_digests_tell_names_shapes_and_entries_apart() -> None:
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    others = [{"b": mask}, {"a": mask.T}, {"a": ~mask}, {"a": mask, "b": mask}, {}]
+    assert len({digest({"a": mask}), *map(digest, others)}) == 6
+
+
+def _stated(shapes: object, layout: object = 1) -> dict[str, str]:
+    return {METADATA_KEY: json.dumps({"layout": layout, "shapes": shapes})}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "match"),
+    [
+        (None, "not a mask file"),
+        ({"format": "pt"}, "not a mask file"),
+        ({METADATA_KEY: "{"}, "unreadable metadata"),
+        ({METADATA_KEY: "[]"}, "unreadable metadata"),
+        (_stated({"a": [-8]}), "unreadable metadata"),
+        (_stated({"a": "8"}), "unreadable metadata"),
+        (_stated([8]), "unreadable metadata"),
+        (_stated({"a": [8]}, layout=2), "layout 2"),
+        (_stated({"a": [8], "b": [8]}), "differ in b"),
+        (_stated({}), "differ in a"),
+        (_stated({"a": [9]}), "takes 2 bytes"),
+    ],
+)
+def test_files_that_contradict_themselves_are_refused(
+    tmp_path: Path, metadata: dict[str, str] | None, match: str
+) -> None:
+    save_file({"a": torch.zeros(1, dtype=torch.uint8)}, tmp_path / "masks", metadata=metadata)
+    with pytest.raises(MethodError, match=match):
+        load_masks(tmp_path / "masks")
+
+
+def test_files_that_are_cut_short_or_missing_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "masks"
+    with pytest.raises(MethodError, match="cannot read masks"):
+        load_masks(path)
+    save_masks(path, {"a": torch.ones(64, 64, dtype=torch.bool)})
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(MethodError, match="cannot read masks"):
+        load_masks(path)
