@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -132,10 +133,8 @@ def _heading(plan: Plan) -> list[str]:
     ]
 
 
-def _top(categories: object, shown: int = 3) -> str:
-    from collections import Counter
-
-    counted = Counter(dict(categories))  # type: ignore[call-overload]
-    names = [f"{name} {count}" for name, count in counted.most_common(shown)]
-    rest = len(counted) - shown
+def _top(categories: Mapping[str, int], shown: int = 3) -> str:
+    largest = sorted(categories.items(), key=lambda item: -item[1])
+    names = [f"{name} {count}" for name, count in largest[:shown]]
+    rest = len(largest) - shown
     return ", ".join(names) + (f" and {rest} more" if rest > 0 else "")

@@ -24,14 +24,15 @@ def command(
         emit_json(
             {
                 "dry_run": dry_run,
-                "bytes": report.bytes,
-                "blobs": report.blobs,
-                "staging": report.staging,
+                "bytes": report.size,
+                "items": [
+                    {"reason": item.reason, "path": item.path, "bytes": item.size}
+                    for item in report.items
+                ],
             }
         )
         return
+    for item in report.items:
+        print_line(f"{item.reason}  {item.path}  {item.size} bytes")
     verb = "would free" if dry_run else "freed"
-    print_line(
-        f"{verb} {report.bytes} bytes: {report.blobs} blobs, "
-        f"{report.staging} unfinished publications"
-    )
+    print_line(f"{verb} {report.size} bytes in {len(report.items)} items")

@@ -25,28 +25,39 @@ def command(
     lineage = registry.lineage(reference)
     children = [child.ref for child in registry.children(reference)]
     if as_json:
-        emit_json({**_document(lineage), "children": children})
+        emit_json({"reference": lineage.ref, "artifacts": _graph(lineage), "children": children})
         return
-    for line in _tree(lineage, ""):
+    for line in _tree(lineage, "", set()):
         print_line(line)
     if children:
         print_line(f"children: {', '.join(children)}")
 
 
-def _document(lineage: Lineage) -> dict[str, Any]:
-    return {
-        "reference": lineage.ref,
-        "digest": lineage.digest,
-        "kind": lineage.artifact.kind if lineage.artifact else None,
-        "missing": lineage.artifact is None,
-        "recipe": lineage.artifact.manifest.recipe if lineage.artifact else None,
-        "parents": [_document(parent) for parent in lineage.parents],
-    }
+def _graph(lineage: Lineage) -> list[dict[str, Any]]:
+    """Return every artifact of the graph once, nearest first."""
+    found: dict[str, dict[str, Any]] = {}
+    waiting = [lineage]
+    while waiting:
+        node = waiting.pop(0)
+        if node.ref in found:
+            continue
+        found[node.ref] = {
+            "reference": node.ref,
+            "digest": node.digest,
+            "kind": node.artifact.kind if node.artifact else None,
+            "missing": node.artifact is None,
+            "recipe": node.artifact.manifest.recipe if node.artifact else None,
+            "parents": [parent.ref for parent in node.parents],
+        }
+        waiting += node.parents
+    return list(found.values())
 
 
-def _tree(lineage: Lineage, indent: str) -> list[str]:
+def _tree(lineage: Lineage, indent: str, seen: set[str]) -> list[str]:
+    """Return the graph as lines; an artifact's own parents are shown the first time only."""
     kind = lineage.artifact.kind if lineage.artifact else "missing"
-    lines = [f"{indent}{lineage.ref}  {kind}  {lineage.digest.removeprefix('sha256:')[:12]}"]
-    for parent in lineage.parents:
-        lines += _tree(parent, indent + "  ")
-    return lines
+    line = f"{indent}{lineage.ref}  {kind}  {lineage.digest.removeprefix('sha256:')[:12]}"
+    if lineage.ref in seen:
+        return [f"{line}  (above)"] if lineage.parents else [line]
+    seen.add(lineage.ref)
+    return [line, *(each for p in lineage.parents for each in _tree(p, indent + "  ", seen))]

@@ -58,10 +58,9 @@ def command(
     (top, bottom, odd-alternate, even-alternate, symmetric, explicit) take --layers, --sparsity or
     --set keep=N.
     """
-    from prufed_plugins.discover import parse_settings
-
     from prufed_cli.output import emit_json, print_line, reporter
     from prufed_cli.pruning import PruneRequest, prune
+    from prufed_plugins.discover import parse_settings
 
     request = PruneRequest(
         base=base,

@@ -29,12 +29,14 @@ def command(
         emit_json(
             {
                 "checked": checked,
-                "problems": [{"where": p.where, "what": p.what} for p in problems],
+                "problems": [
+                    {"reference": p.ref, "path": p.path, "message": p.message} for p in problems
+                ],
             }
         )
     else:
         for problem in problems:
-            print_line(f"{problem.where}: {problem.what}")
+            print_line(" ".join(filter(None, [problem.ref, problem.path])) + f": {problem.message}")
         print_line(f"{checked} artifacts checked, {len(problems)} problems")
     if problems:
         raise typer.Exit(INTEGRITY)

@@ -68,7 +68,7 @@ def find_artifact(reference: str | None, registry: Registry) -> Artifact:
     if wanted.startswith((".", "/", "~")) or (directory / "config.json").is_file():
         if not directory.is_dir():
             raise PrufedError(f"no directory {wanted}", "give a model directory", NOT_FOUND)
-        return import_base(directory, registry, name=slug(directory.resolve().name), source=None)
+        return import_base(directory, registry, name=slug(directory.resolve().name))
     try:
         return registry.resolve(wanted)
     except NotFound:
@@ -95,21 +95,20 @@ def find_base(reference: str | None, registry: Registry) -> Artifact:
     return artifact
 
 
-def import_base(directory: Path, registry: Registry, *, name: str, source: str | None) -> Artifact:
-    """Take a model directory into the registry, once per content."""
-    return registry.import_directory(
-        directory,
-        name=name,
-        kind="base",
-        recipe={"command": "import", "source": source or directory.resolve().name},
-        reuse=True,
-    )
+def import_base(directory: Path, registry: Registry, *, name: str) -> Artifact:
+    """Take a model directory into the registry, unless the same content is there already."""
+    from prufed_registry import fingerprint
+    from prufed_registry.transfer import directory_digest
+
+    recipe = {"command": "import", "digest": directory_digest(directory)}
+    known = registry.find(fingerprint("base", [], recipe), kind="base")
+    return known or registry.import_directory(directory, name=name, kind="base")
 
 
 def _embedded(registry: Registry) -> Artifact:
     from prufed_cli.assets import embedded_model
 
-    return import_base(embedded_model(), registry, name=EMBEDDED_NAME, source="embedded")
+    return import_base(embedded_model(), registry, name=EMBEDDED_NAME)
 
 
 def _from_hub(repository: str, registry: Registry) -> Artifact:
