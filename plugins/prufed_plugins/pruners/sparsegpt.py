@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final, Literal
 import torch
 
 from prufed_plugins.pruners.hessian import Factor, InputHessian
-from prufed_plugins.pruners.selection import pruned_count, smallest, smallest_of_groups
+from prufed_plugins.pruners.selection import pruned_count, smallest, smallest_members
 from prufed_plugins.pruners.sequential import CalibratedPruner, Choice
 
 if TYPE_CHECKING:
@@ -96,31 +96,44 @@ def _prune_block(current: Tensor, inverse: Tensor, target: PruneTarget) -> tuple
     Returns:
         The errors (w − w')/U_jj and the pruned entries, both (block, rows).
     """
-    pattern = target.pattern
     diagonal = inverse.diagonal()[:, None]
     errors = torch.zeros_like(current)
-    if pattern is None:
-        step, pruned = GATHERED, _smallest_of_block(current / diagonal, target.sparsity or 0.0)
+    if target.pattern is None:
+        group = GATHERED
+        pruned = _smallest_of_block(current / diagonal, target.sparsity or 0.0)
     else:
-        step, pruned = pattern[1], torch.empty_like(current, dtype=torch.bool)
-    for first in range(0, current.shape[0], step):
-        part = slice(first, first + step)
-        current[part] -= inverse[:first, part].t() @ errors[:first]
-        if pattern is not None:
-            scores = (current[part] / diagonal[part]).abs().t()
-            pruned[part] = smallest_of_groups(scores, pattern).t()
-        _prune_columns(current[part], inverse[part, part], pruned[part], errors[part])
+        group = target.pattern[1]
+        pruned = torch.empty_like(current, dtype=torch.bool)
+    span = max(GATHERED // group, 1) * group
+    for first in range(0, current.shape[0], span):
+        _gather(current, errors, inverse, range(first), slice(first, first + span))
+        for start in range(first, min(first + span, current.shape[0]), group):
+            part = slice(start, start + group)
+            _gather(current, errors, inverse, range(first, start), part)
+            if target.pattern is not None:
+                scores = (current[part] / diagonal[part]).abs()
+                pruned[part] = smallest_members(scores, target.pattern[0])
+            _prune_columns(current[part], inverse[part, part], pruned[part], errors[part])
     return errors, pruned
+
+
+def _gather(current: Tensor, errors: Tensor, inverse: Tensor, done: range, part: slice) -> None:
+    """Push the errors of finished columns onto some later ones, in place."""
+    if done:
+        finished = slice(done.start, done.stop)
+        current[part].addmm_(inverse[finished, part].t(), errors[finished], alpha=-1)
 
 
 def _prune_columns(current: Tensor, inverse: Tensor, pruned: Tensor, errors: Tensor) -> None:
     """Prune a few columns one by one, in place, filling in their errors."""
-    for column in range(current.shape[0]):
-        if column:
-            current[column].addmv_(errors[:column].t(), inverse[:column, column], alpha=-1)
-        torch.mul(current[column], pruned[column], out=errors[column])
-        current[column] -= errors[column]
-        errors[column] /= inverse[column, column]
+    columns, gone, targets = current.unbind(), pruned.to(current.dtype).unbind(), errors.unbind()
+    diagonal = inverse.diagonal().tolist()
+    for index, (column, goes, error) in enumerate(zip(columns, gone, targets, strict=True)):
+        if index:
+            column.addmv_(errors[:index].t(), inverse[:index, index], alpha=-1)
+        torch.mul(column, goes, out=error)
+        column -= error
+        error /= diagonal[index]
 
 
 def _smallest_of_block(scores: Tensor, sparsity: float) -> Tensor:
