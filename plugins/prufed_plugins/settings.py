@@ -247,11 +247,12 @@ def _accepts(schema: Mapping[str, Any]) -> str:
         return " | ".join(str(choice) for choice in schema["enum"])
     if "const" in schema:
         return str(schema["const"])
-    return ", ".join(
-        f"{sign}{schema[key]:g}" if isinstance(schema[key], float) else f"{sign}{schema[key]}"
-        for key, sign in _BOUNDS.items()
-        if key in schema
-    )
+    bounds = ((sign, schema[key]) for key, sign in _BOUNDS.items() if key in schema)
+    return ", ".join(sign + _number(bound) for sign, bound in bounds)
+
+
+def _number(bound: object) -> str:
+    return f"{bound:.12g}" if isinstance(bound, float) else str(bound)
 
 
 def _kind(schema: Mapping[str, Any]) -> str:

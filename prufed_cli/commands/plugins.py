@@ -25,8 +25,8 @@ def list_methods(context: typer.Context, as_json: Json = False) -> None:
     from prufed_plugins.discover import catalog
 
     found = catalog()
-    warn_failures(reporter(), found)
     if as_json:
+        warn_failures(reporter(), found)
         emit_json(listing(found))
     else:
         _print_listing(found)
@@ -100,19 +100,8 @@ def _print_listing(found: Catalog) -> None:
             for entry in found.entries.values()
         ],
     )
-    if found.failures:
-        table(
-            ["plugin", "distribution", "status", "reason"],
-            [
-                [
-                    failure.plugin,
-                    failure.distribution,
-                    "skipped" if failure.skipped else "renamed",
-                    failure.reason,
-                ]
-                for failure in found.failures
-            ],
-        )
+    for failure in found.failures:
+        print_line(str(failure))
     for plugin, source in found.disabled:
         print_line(f"{plugin} of {source} is disabled by PRUFED_DISABLE_PLUGINS")
 

@@ -1,0 +1,109 @@
+"""``prufed plugins``, as a person types it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from prufed_cli.main import main
+from prufed_plugins.discover import catalog
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main(["plugins", *arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def document(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    code, out, _ = run(capsys, *arguments, "--json")
+    assert code == 0
+    found: dict[str, Any] = json.loads(out)
+    assert found["schema"] == 1
+    return found
+
+
+def test_the_list_has_every_method(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys)
+    assert code == 0
+    for entry in catalog().entries.values():
+        assert any(line.split()[:2] == [entry.kind, entry.name] for line in out.splitlines()), (
+            entry.name
+        )
+    listed = document(capsys)["methods"]
+    assert [(one["kind"], one["name"]) for one in listed] == list(catalog().entries)
+
+
+def test_show_describes_the_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "show", "dirichlet")
+    assert code == 0
+    assert "partitioner dirichlet: " in out
+    assert "paper: Yurochkin et al. 2019, https://arxiv.org/abs/1905.12022" in out
+    [row] = [line for line in out.splitlines() if line.split()[:1] == ["alpha"]]
+    assert row.split()[1:7] == ["float", "0.5", ">=", "0.001,", "<=", "1000000"]
+    assert "concentration" in row
+
+
+def test_show_gives_the_json_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    [method] = document(capsys, "show", "partitioner:dirichlet")["methods"]
+    assert method["parameters"]["properties"]["alpha"]["default"] == 0.5
+    assert method["parameters"]["additionalProperties"] is False
+
+
+def test_show_of_a_method_without_parameters_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nothing to set" in run(capsys, "show", "sampler:all")[1]
+
+
+def test_show_shows_all_kinds_that_have_the_name(capsys: pytest.CaptureFixture[str]) -> None:
+    for entry in catalog().entries.values():
+        kinds = {one.kind for one in catalog().entries.values() if one.name == entry.name}
+        assert {one["kind"] for one in document(capsys, "show", entry.name)["methods"]} == kinds
+
+
+@pytest.mark.parametrize("name", ["dirichlte", "partitioner:dirichlte"])
+def test_an_unknown_name_is_not_found(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "show", name)
+    assert (code, out) == (3, "")
+    assert f"no method is called '{name}'" in err
+    assert "did you mean dirichlet?" in err
+
+
+def test_check_prints_every_check(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "check", "uniform", "iid", "--quiet")
+    assert code == 0
+    assert "16 of 16 checks passed" in out
+    rows = [line.split() for line in out.splitlines()]
+    assert sum("pass" in row[3:4] for row in rows) == 16
+
+
+def test_check_takes_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("check", "dirichlet", "--set", "alpha=0.001", "--set", "retries=1", "--json")
+    code, out, _ = run(capsys, *arguments)
+    assert code == 1
+    found = json.loads(out)
+    assert not found["passed"]
+    failed = {one["name"] for one in found["methods"][0]["checks"] if not one["passed"]}
+    assert "gives_every_client_rows" in failed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["check"], "give methods to check, or --all"),
+        (["check", "uniform", "--all"], "give methods to check, or --all"),
+        (["check", "--all", "--set", "a=1"], "--set is for one kind of method"),
+    ],
+)
+def test_usage_errors(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert said in err
+
+
+def test_wrong_settings_fail_the_check_before_it_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "check", "uniform", "--set", "fraction=2", "--json")
+    assert code == 1
+    [check] = json.loads(out)["methods"][0]["checks"]
+    assert check["failure"] == "sampler uniform: fraction: must be > 0, <= 1, not 2"
