@@ -1,0 +1,277 @@
+"""What every pruner must do, checked on a small decoder of our own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from prufed_plugins.api import KeptLayers, PrunedMatrix, PruneTarget
+from prufed_plugins.errors import MethodError
+from prufed_plugins.testing.checks import Outcome, run_checks
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prufed_plugins.api import Pruner
+
+LAYERS = 6
+HALF = PruneTarget(sparsity=0.5)
+
+
+def check_pruner(make: Callable[[], Pruner], target: PruneTarget = HALF) -> Outcome:
+    """Check a pruner against its contract.
+
+    Args:
+        make: constructs the pruner.
+        target: what to ask of it where any target will do; a pruner whose parameters already say
+            what to remove takes an empty one.
+    """
+
+    def told(check: Callable[[Pruner, PruneTarget], None]) -> Callable[[Pruner], None]:
+        def run(pruner: Pruner) -> None:
+            check(pruner, target)
+
+        run.__name__, run.__doc__ = check.__name__, check.__doc__
+        return run
+
+    kind = make().result
+    checks = [_states_its_result, told(_same_input_same_result), told(_reports_its_progress)]
+    if kind == "masked":
+        checks += [
+            told(_every_matrix_once_in_block_order),
+            told(_pruned_entries_are_zero),
+            told(_weights_are_written_into_the_model),
+            told(_only_the_matrices_change),
+            _sparsity_zero_changes_nothing,
+            _sparsity_is_met,
+            _pattern_is_met_or_refused,
+            _sparsity_one_is_refused,
+        ]
+    else:
+        checks += [told(_keeps_layers_in_order), told(_the_model_stays_as_it_is)]
+        checks += [_layer_count_is_met] if target is HALF else []
+    return run_checks(make, checks)
+
+
+class TinyBlock(nn.Module):
+    """A residual block of three matrices, two of which share their input."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.gate = nn.Linear(width, inner, bias=False)
+        self.up = nn.Linear(width, inner, bias=False)
+        self.down = nn.Linear(inner, width, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the block's output (B, T, width)."""
+        normed = self.norm(hidden)
+        update: Tensor = self.down(torch.tanh(self.gate(normed)) * self.up(normed))
+        return hidden + update
+
+
+class TinyDecoder:
+    """A decoder of random weights that any pruner can be tried on.
+
+    Attributes:
+        prefix: module path of the stack.
+        blocks: the blocks in order.
+        embedding: token embedding, which no pruner may touch.
+    """
+
+    prefix = "model.layers"
+
+    def __init__(self, layers: int = LAYERS, width: int = 16, inner: int = 24) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.embedding = nn.Embedding(64, width)
+            self.blocks: Sequence[nn.Module] = [TinyBlock(width, inner) for _ in range(layers)]
+
+    def linears(self, index: int) -> Mapping[str, nn.Module]:
+        """Return the matrices of a block by their full name."""
+        return {
+            f"{self.prefix}.{index}.{name}": module
+            for name, module in self.blocks[index].named_children()
+            if isinstance(module, nn.Linear)
+        }
+
+    def embed(self, batch: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Return the embedded tokens (B, T, width) and no further arguments."""
+        return self.embedding(batch).detach(), {}
+
+    def run_block(self, index: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """Return the output of a block."""
+        output: Tensor = self.blocks[index](hidden)
+        return output
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Return a copy of every parameter by its full name."""
+        named = {"embedding": self.embedding.weight.detach().clone()}
+        for index, block in enumerate(self.blocks):
+            for name, parameter in block.named_parameters():
+                named[f"{self.prefix}.{index}.{name}"] = parameter.detach().clone()
+        return named
+
+
+def tokens(batches: int = 2) -> list[Tensor]:
+    """Return calibration batches (4, 16) for :class:`TinyDecoder`."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 64, (4, 16), generator=generator) for _ in range(batches)]
+
+
+def _prune(pruner: Pruner, decoder: TinyDecoder, target: PruneTarget) -> list[Any]:
+    calibration = tokens() if pruner.needs_calibration else None
+    return [
+        copy.deepcopy(result)
+        for result in pruner.prune(decoder, calibration, target, lambda what, done, total: None)
+    ]
+
+
+def _states_its_result(pruner: Pruner) -> None:
+    """The pruner says what it yields and whether it needs calibration."""
+    assert pruner.result in {"masked", "sliced"}, f"result is {pruner.result!r}"
+    assert isinstance(pruner.needs_calibration, bool), "needs_calibration is no bool"
+
+
+def _same_input_same_result(pruner: Pruner, target: PruneTarget) -> None:
+    """Two runs on equal models give equal bits."""
+    first = _prune(pruner, TinyDecoder(), target)
+    second = _prune(pruner, TinyDecoder(), target)
+    assert len(first) == len(second), "the number of results differs"
+    for one, other in zip(first, second, strict=True):
+        if isinstance(one, KeptLayers):
+            assert one == other, "the kept layers differ"
+        else:
+            assert torch.equal(one.mask, other.mask), f"the mask of {one.name} differs"
+            assert torch.equal(one.weight, other.weight), f"{one.name} differs"
+
+
+def _reports_its_progress(pruner: Pruner, target: PruneTarget) -> None:
+    """Progress is reported and ends at its total."""
+    calls: list[tuple[int, int]] = []
+    calibration = tokens() if pruner.needs_calibration else None
+    run = pruner.prune(
+        TinyDecoder(), calibration, target, lambda what, done, total: calls.append((done, total))
+    )
+    for _ in run:
+        pass
+    assert calls, "no progress was reported"
+    assert calls[-1][0] == calls[-1][1], f"progress ended at {calls[-1][0]} of {calls[-1][1]}"
+
+
+def _every_matrix_once_in_block_order(pruner: Pruner, target: PruneTarget) -> None:
+    """Every matrix is yielded once, block by block, in its own shape and dtype."""
+    decoder = TinyDecoder()
+    before = decoder.parameters()
+    results: list[PrunedMatrix] = _prune(pruner, decoder, target)
+    blocks = [int(result.name.split(".")[2]) for result in results]
+    assert blocks == sorted(blocks), f"blocks came in the order {blocks}"
+    expected = {f"{name}.weight" for i in range(LAYERS) for name in decoder.linears(i)}
+    assert sorted(result.name for result in results) == sorted(expected), "names differ"
+    for result in results:
+        assert result.weight.shape == before[result.name].shape, f"{result.name} changed shape"
+        assert result.weight.dtype == before[result.name].dtype, f"{result.name} changed dtype"
+        assert result.mask.shape == result.weight.shape, f"mask of {result.name} has another shape"
+        assert result.mask.dtype == torch.bool, f"mask of {result.name} is {result.mask.dtype}"
+
+
+def _pruned_entries_are_zero(pruner: Pruner, target: PruneTarget) -> None:
+    """A weight is exactly zero wherever its mask is False, and finite elsewhere."""
+    for result in _prune(pruner, TinyDecoder(), target):
+        assert not bool(result.weight[~result.mask].any()), f"{result.name} keeps pruned entries"
+        assert bool(result.weight.isfinite().all()), f"{result.name} is not finite"
+
+
+def _weights_are_written_into_the_model(pruner: Pruner, target: PruneTarget) -> None:
+    """The model ends with the weights that were yielded."""
+    decoder = TinyDecoder()
+    results = _prune(pruner, decoder, target)
+    after = decoder.parameters()
+    for result in results:
+        assert torch.equal(after[result.name], result.weight), f"{result.name} was not written"
+
+
+def _only_the_matrices_change(pruner: Pruner, target: PruneTarget) -> None:
+    """Embeddings, norms and biases stay as they were."""
+    decoder = TinyDecoder()
+    before = decoder.parameters()
+    pruned = {result.name for result in _prune(pruner, decoder, target)}
+    after = decoder.parameters()
+    for name in before.keys() - pruned:
+        assert torch.equal(before[name], after[name]), f"{name} was changed"
+
+
+def _sparsity_zero_changes_nothing(pruner: Pruner) -> None:
+    """Sparsity 0 keeps every entry, bit for bit."""
+    decoder = TinyDecoder()
+    before = decoder.parameters()
+    for result in _prune(pruner, decoder, PruneTarget(sparsity=0.0)):
+        assert bool(result.mask.all()), f"{result.name} lost entries"
+        assert torch.equal(before[result.name], result.weight), f"{result.name} was changed"
+
+
+def _sparsity_is_met(pruner: Pruner) -> None:
+    """The share of pruned entries, over all matrices, is the sparsity within two points."""
+    for sparsity in (0.25, 0.5, 0.75):
+        results = _prune(pruner, TinyDecoder(), PruneTarget(sparsity=sparsity))
+        entries = sum(result.mask.numel() for result in results)
+        kept = sum(int(result.mask.sum()) for result in results)
+        found = 1 - kept / entries
+        assert abs(found - sparsity) <= 0.02, f"asked for {sparsity}, pruned {found:.4f}"
+
+
+def _pattern_is_met_or_refused(pruner: Pruner) -> None:
+    """A pattern n:m removes exactly n of every m, or is refused with a MethodError."""
+    for n, m in ((2, 4), (4, 8), (1, 4)):
+        try:
+            results = _prune(pruner, TinyDecoder(), PruneTarget(pattern=(n, m)))
+        except MethodError:
+            continue
+        for result in results:
+            removed = (~result.mask).reshape(-1, m).sum(dim=1)
+            assert bool((removed == n).all()), f"{result.name} breaks {n}:{m}"
+
+
+def _sparsity_one_is_refused(pruner: Pruner) -> None:
+    """Removing everything is refused with a MethodError."""
+    try:
+        _prune(pruner, TinyDecoder(), PruneTarget(sparsity=1.0))
+    except MethodError:
+        return
+    raise AssertionError("sparsity 1.0 was accepted")
+
+
+def _keeps_layers_in_order(pruner: Pruner, target: PruneTarget) -> None:
+    """One result names at least two layers of the model, ascending."""
+    results = _prune(pruner, TinyDecoder(), target)
+    assert len(results) == 1, f"{len(results)} results instead of one"
+    layers = results[0].layers
+    assert list(layers) == sorted(set(layers)), f"{layers} is not ascending"
+    assert len(layers) >= 2, f"only {len(layers)} layers are left"
+    assert 0 <= layers[0] <= layers[-1] < LAYERS, f"{layers} are not layers of the model"
+
+
+def _the_model_stays_as_it_is(pruner: Pruner, target: PruneTarget) -> None:
+    """Choosing layers changes no parameter."""
+    decoder = TinyDecoder()
+    before = decoder.parameters()
+    _prune(pruner, decoder, target)
+    after = decoder.parameters()
+    for name, value in before.items():
+        assert torch.equal(value, after[name]), f"{name} was changed"
+
+
+def _layer_count_is_met(pruner: Pruner) -> None:
+    """K layers, or round(L x sparsity), are dropped; fewer than two left is refused."""
+    for target, left in ((HALF, 3), (PruneTarget(layers=2), 4), (PruneTarget(sparsity=0.0), 6)):
+        kept = _prune(pruner, TinyDecoder(), target)[0].layers
+        assert len(kept) == left, f"{target} kept {len(kept)} of {LAYERS} layers"
+    try:
+        _prune(pruner, TinyDecoder(), PruneTarget(layers=LAYERS - 1))
+    except MethodError:
+        return
+    raise AssertionError(f"dropping {LAYERS - 1} of {LAYERS} layers was accepted")
