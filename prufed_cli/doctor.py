@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -70,8 +69,6 @@ def examine(*, network: bool = True) -> list[Finding]:
 def _versions() -> list[Finding]:
     found = versions(_SHOWN)
     python = Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}")
-    if sys.version_info < (3, 11):
-        python = Finding("python", "error", python.found, "use Python 3.11 or newer")
     listed = ", ".join(f"{name} {version}" for name, version in found.items())
     missing = [name for name in _SHOWN if name not in found]
     if missing:

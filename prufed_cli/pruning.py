@@ -90,11 +90,10 @@ def prune(
         PrufedError: the request, the base or the calibration data is not usable.
         MethodError: the method cannot meet the target on this model.
     """
-    from prufed_plugins.discover import build
-
     from prufed_cli.home import open_registry
     from prufed_cli.models.base import choose_device, choose_dtype, find_base, load_tokenizer
     from prufed_cli.models.calibration import calibration_batches
+    from prufed_plugins.discover import build
     from prufed_registry import Parent, fingerprint
 
     target = parse_target(request)
@@ -369,27 +368,24 @@ def _sliced(
     return _Outcome(slice_layers(model, result.layers), kept_masks, details, report)
 
 
+def copy_tokenizer(source: Path, directory: Path) -> None:
+    """Copy what lies beside a model's weights and configuration: tokenizer, template, licence."""
+    for file in sorted(source.iterdir()):
+        skipped = file.name in _NOT_COPIED or file.name.endswith(_WEIGHTS)
+        if file.is_file() and not skipped:
+            shutil.copyfile(file, directory / file.name)
+
+
 def _write(directory: Path, outcome: _Outcome, base: Artifact) -> None:
     """Save weights in the base's own dtype, its tokenizer files as they are, masks and report."""
-    from prufed_cli.models.base import MASKS_FILE
+    from prufed_cli.models.base import MASKS_FILE, stored_dtype
     from prufed_plugins.masks import save_masks
 
-    outcome.model.to(_stored_dtype(base)).save_pretrained(directory)
-    for source in sorted(base.path.iterdir()):
-        skipped = source.name in _NOT_COPIED or source.name.endswith(_WEIGHTS)
-        if source.is_file() and not skipped:
-            shutil.copyfile(source, directory / source.name)
+    outcome.model.to(stored_dtype(base)).save_pretrained(directory)
+    copy_tokenizer(base.path, directory)
     if outcome.masks:
         save_masks(directory / MASKS_FILE, outcome.masks)
     (directory / REPORT_FILE).write_text(json.dumps(outcome.report, indent=1) + "\n")
-
-
-def _stored_dtype(base: Artifact) -> Any:
-    import torch
-
-    config = json.loads((base.path / "config.json").read_text())
-    name = config.get("dtype") or config.get("torch_dtype") or "float32"
-    return getattr(torch, str(name).removeprefix("torch."))
 
 
 def _default_name(base: Artifact, request: PruneRequest) -> str:

@@ -175,6 +175,18 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
     return known[dtype]
 
 
+def stored_dtype(artifact: Artifact) -> torch.dtype:
+    """Return the dtype a model artifact's weights are kept in."""
+    import json
+
+    import torch
+
+    config = json.loads((artifact.path / "config.json").read_text(encoding="utf-8"))
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
 def load_model(
     artifact: Artifact,
     *,

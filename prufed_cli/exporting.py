@@ -1,0 +1,88 @@
+"""Copy an artifact out of the registry, or merge an adapter into a stand-alone model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from prufed_cli.errors import USAGE, PrufedError
+from prufed_cli.models.base import ADAPTER_KINDS, MASKS_FILE, base_of
+from prufed_cli.progress import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from prufed_registry import Artifact, Registry
+
+
+def export(
+    reference: str, directory: Path, *, base: str | None = None, registry: Registry | None = None
+) -> Path:
+    """Copy an artifact's files, as they were published, to a new directory.
+
+    An adapter's ``base_model_name_or_path`` is rewritten to ``base``, by default the directory of
+    its base in the registry, so that PEFT finds it.
+
+    Raises:
+        RegistryError: no such artifact, damaged files, or a directory that is not empty.
+    """
+    from prufed_cli.home import open_registry
+
+    registry = registry or open_registry()
+    artifact = registry.resolve(reference)
+    if artifact.kind in ADAPTER_KINDS and base is None:
+        base = str(base_of(artifact, registry).path)
+    return registry.export(artifact.ref, directory, base)
+
+
+def export_merged(
+    reference: str,
+    directory: Path,
+    *,
+    registry: Registry | None = None,
+    reporter: Reporter = SILENT,
+) -> Path:
+    """Write a stand-alone model: an adapter merged into its base, in the base's dtype.
+
+    Where the adapter has a product mask, the result is exactly as sparse as its base.
+
+    Raises:
+        PrufedError: the reference is no adapter, or the directory is not empty.
+    """
+    from prufed_cli.home import open_registry
+    from prufed_cli.models.base import load_reference, stored_dtype
+
+    registry = registry or open_registry()
+    artifact = registry.resolve(reference)
+    if artifact.kind not in ADAPTER_KINDS:
+        raise PrufedError(
+            f"{artifact.ref} is a {artifact.kind}; there is no adapter to merge",
+            f"`prufed export {artifact.ref} DIR` copies it as it is",
+            USAGE,
+        )
+    directory = directory.absolute()
+    if directory.exists() and any(directory.iterdir()):
+        raise PrufedError(f"{directory} is not empty", "name a new directory", USAGE)
+    base = base_of(artifact, registry)
+    with reporter.task(f"merge {artifact.ref} into {base.ref}"):
+        loaded = load_reference(artifact.ref, registry, device="cpu")
+        partial = directory.with_name(f".{directory.name}-{uuid4().hex}")
+        try:
+            partial.mkdir(parents=True)
+            loaded.model.to(stored_dtype(base)).save_pretrained(partial)
+            _copy_beside_weights(base, partial)
+            if directory.exists():
+                directory.rmdir()
+            partial.rename(directory)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return directory
+
+
+def _copy_beside_weights(base: Artifact, directory: Path) -> None:
+    """Copy the tokenizer and the masks of the base, which the merged model still has."""
+    from prufed_cli.pruning import copy_tokenizer
+
+    copy_tokenizer(base.path, directory)
+    if (base.path / MASKS_FILE).is_file():
+        shutil.copyfile(base.path / MASKS_FILE, directory / MASKS_FILE)
