@@ -308,7 +308,7 @@ def _apply(
     with reporter.task(f"prune with {method}", total=len(decoder.blocks)) as task:
 
         def progress(what: str, done: int, total: int) -> None:
-            task.update(f"prune with {method}: {what}", total=total)
+            task.update(f"prune with {method}: {what} {done}/{total}", total=total)
             task.advance()
 
         for result in pruner.prune(decoder, batches, target, progress):

@@ -13,9 +13,7 @@ from prufed_cli.completion import complete_reference
 
 def command(
     reference: Annotated[str, typer.Argument(autocompletion=complete_reference)],
-    directory: Annotated[
-        Path, typer.Argument(help="A directory that does not exist, or is empty.")
-    ],
+    directory: Annotated[Path, typer.Argument(help="A new or empty directory.")],
     merge: Annotated[
         bool, typer.Option("--merge", help="Merge an adapter into its base: a stand-alone model.")
     ] = False,

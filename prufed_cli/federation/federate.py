@@ -14,6 +14,7 @@ from prufed_cli.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
     from prufed_cli.config import FederationConfig
+    from prufed_cli.federation.rounds import Federation
     from prufed_registry import Artifact, Registry
 
 
@@ -79,12 +80,12 @@ def federate(
         with run.locked():
             # Another process may have written to the journal until it released the lock.
             run = journal.load(runs, resume)
-            return _go_on(run, _planned(run, registry), registry, reporter)
+            return _finish(prepare(run, _planned(run, registry), registry, reporter))
     plan = make_plan(config or _load(clients), registry)
-    run = journal.create(runs, plan.config.name, _document(plan))
+    run = start(plan, runs)
     reporter.note(f"run {run.id}")
     with run.locked():
-        return _go_on(run, plan, registry, reporter)
+        return _finish(prepare(run, plan, registry, reporter))
 
 
 def set_values(config: FederationConfig, settings: Mapping[str, Any]) -> FederationConfig:
@@ -146,7 +147,17 @@ def _planned(run: journal.Run, registry: Registry) -> Plan:
     return plan
 
 
-def _go_on(run: journal.Run, plan: Plan, registry: Registry, reporter: Reporter) -> FederateResult:
+def start(plan: Plan, runs: Path) -> journal.Run:
+    """Create the run of a plan."""
+    return journal.create(runs, plan.config.name, _document(plan))
+
+
+def prepare(run: journal.Run, plan: Plan, registry: Registry, reporter: Reporter) -> Federation:
+    """Make the sub-models that are missing and return the federation at its start.
+
+    Raises:
+        PrufedError: the device, the models or the tasks do not allow the run.
+    """
     from prufed_cli.federation.rounds import make_federation
     from prufed_cli.models.base import choose_device, find_base
 
@@ -164,7 +175,11 @@ def _go_on(run: journal.Run, plan: Plan, registry: Registry, reporter: Reporter)
                 name: {"ref": base.ref, "digest": base.digest} for name, base in bases.items()
             },
         )
-    return FederateResult(run, federation.rounds())
+    return federation
+
+
+def _finish(federation: Federation) -> FederateResult:
+    return FederateResult(federation.run, federation.rounds())
 
 
 def _submodels(

@@ -60,6 +60,9 @@ class Federation:
         scoring: measures models between rounds.
         reporter: is told how far the run is.
         transposed: whether the target layers keep their weights as (k, d).
+        evaluates: whether rounds are evaluated as the configuration says.
+        newest: the last global adapter that was published.
+        masks: of every client's factors, by client and global name.
     """
 
     run: Run
@@ -73,6 +76,7 @@ class Federation:
     scoring: Scoring
     reporter: Reporter
     transposed: bool
+    evaluates: bool = True
     newest: Artifact | None = None
     masks: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
@@ -384,7 +388,7 @@ class Federation:
         wanted = self.plan.config.evaluate
         last = index + 1 == self.plan.config.rounds
         due = last or (index + 1) % wanted.every == 0
-        if not due or not (wanted.tasks or wanted.perplexity):
+        if not self.evaluates or not due or not (wanted.tasks or wanted.perplexity):
             return
         self._score(index, "global", self.full, (self.spec, self.state.tensors))
         for client in self.clients.values() if wanted.clients else ():
