@@ -67,6 +67,7 @@ def collect(layout: Layout, index: Index, *, dry_run: bool) -> GcReport:
         plan = _plan(layout)
         if dry_run:
             return GcReport(tuple(plan), dry_run)
+        layout.create()  # its writer may have died before it had made every directory
         # Trees come before blobs in the plan: a blob is unused only once they are gone.
         done = tuple(item for item in plan if _delete(layout, item))
         with layout.changing():
@@ -107,7 +108,7 @@ def _tree_size(tree: Path, dying: Counter[int]) -> int:
 
 
 def _dead_staging(layout: Layout) -> Iterator[tuple[Path, str]]:
-    for path in sorted(layout.staging.iterdir()):
+    for path in sorted(layout.staging.glob("*")):
         directory = path.with_suffix("")
         if path.suffix == ".lock" and directory.exists():
             continue  # listed with its directory
