@@ -18,19 +18,18 @@ _TEXT_SUFFIXES: Final = frozenset({".jsonl", ".ndjson", ".json", ".txt", ".md"})
 def resolve_paths(document: MutableMapping[str, Any], directory: Path) -> Iterator[Problem]:
     """Make the paths in ``document`` absolute, in place, and yield those that do not exist.
 
-    ``base`` and ``calibration`` may also be references or Hub ids: they are taken for paths only
-    where they look like one or such a path exists.
+    ``base`` and ``calibration`` may be something else than a path; see below.
     """
     yield from _path(document, ("data", "path"), directory)
     yield from _path(document, ("evaluate", "include_path"), directory, is_directory=True)
     yield from _path(document, ("evaluate", "perplexity"), directory)
-    yield from _either(document, ("base",), directory)
-    yield from _either(document, ("pruner", "calibration"), directory)
+    yield from _base(document, ("base",), directory)
+    yield from _calibration(document, ("pruner", "calibration"), directory)
     clients = document.get("clients")
     for index in range(len(clients) if isinstance(clients, list) else 0):
         yield from _path(document, ("clients", index, "data"), directory)
-        yield from _either(document, ("clients", index, "base"), directory)
-        yield from _either(document, ("clients", index, "pruner", "calibration"), directory)
+        yield from _base(document, ("clients", index, "base"), directory)
+        yield from _calibration(document, ("clients", index, "pruner", "calibration"), directory)
 
 
 def _path(
@@ -56,16 +55,30 @@ def _path(
         yield Problem(path, f"no file {text!r} (looked for {resolved})")
 
 
-def _either(document: Any, path: KeyPath, directory: Path) -> Iterator[Problem]:
+def _base(document: Any, path: KeyPath, directory: Path) -> Iterator[Problem]:
+    """A model directory that exists is a path; any other bare name is a reference or a Hub id."""
     found = _text_at(document, path)
-    if found is None:
+    resolved = _absolute(found[1], directory) if found else None
+    if found and resolved and (_is_path(found[1]) or (resolved / "config.json").is_file()):
+        found[0][path[-1]] = str(resolved)
+        if not resolved.is_dir():
+            yield Problem(path, f"no directory {found[1]!r} (looked for {resolved})")
+
+
+def _calibration(document: Any, path: KeyPath, directory: Path) -> Iterator[Problem]:
+    """What exists, or has a file's suffix, is a path; anything else is a Hub data set."""
+    found = _text_at(document, path)
+    resolved = _absolute(found[1], directory) if found else None
+    if found is None or resolved is None:
         return
-    holder, text = found
-    resolved = _absolute(text, directory)
-    if resolved is not None and resolved.exists():
-        holder[path[-1]] = str(resolved)
-    elif text.startswith(("/", "./", "../", "~")) or Path(text).suffix.lower() in _TEXT_SUFFIXES:
-        yield Problem(path, f"no file or directory {text!r} (looked for {resolved})")
+    if resolved.exists():
+        found[0][path[-1]] = str(resolved)
+    elif _is_path(found[1]) or resolved.suffix.lower() in _TEXT_SUFFIXES:
+        yield Problem(path, f"no file or directory {found[1]!r} (looked for {resolved})")
+
+
+def _is_path(text: str) -> bool:
+    return text.startswith((".", "/", "~"))
 
 
 def _text_at(document: Any, path: KeyPath) -> tuple[Any, str] | None:

@@ -19,7 +19,9 @@ KeyPath = tuple[str | int, ...]
 """Where a value stands: keys and list indices from the top."""
 
 MAX_DEPTH: Final = 40
-MAX_VALUES: Final = 200_000
+MAX_REPEATED: Final = 50_000
+"""How many values aliases may repeat; what stands in the file itself is bounded by its size."""
+
 MAX_BYTES: Final = 8 * 2**20
 
 _TAG: Final = "tag:yaml.org,2002:"
@@ -172,7 +174,7 @@ def _integer(text: str) -> int:
 
 
 def _real(text: str) -> float:
-    return float(text.replace(".inf", "inf").replace(".Inf", "inf").replace(".nan", "nan"))
+    return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
 
 
 _SCALARS: Final[Mapping[str, Callable[[str], Any]]] = {
@@ -180,9 +182,8 @@ _SCALARS: Final[Mapping[str, Callable[[str], Any]]] = {
     _TAG + "null": lambda _: None,
     _TAG + "bool": lambda text: {"true": True, "false": False}[text.lower()],
     _TAG + "int": _integer,
-    _TAG + "float": lambda text: _real(text.lower()),
+    _TAG + "float": _real,
     _TAG + "merge": str,
-    _TAG + "value": str,
 }
 
 
@@ -200,12 +201,14 @@ class _Walker:
         self.keys: dict[KeyPath, Position] = {}
         self.faults: list[Fault] = []
         self._open: set[int] = set()
-        self._seen = 0
+        self._seen: set[int] = set()
+        self._repeated = 0
 
     def read(self, node: Node, path: KeyPath) -> Any:
         """Return the value of ``node``."""
-        self._seen += 1
-        if self._seen > MAX_VALUES:
+        self._repeated += id(node) in self._seen
+        self._seen.add(id(node))
+        if self._repeated > MAX_REPEATED:
             raise _TooMuchError(Fault(_start(node), "aliases expand to too many values", path))
         if id(node) in self._open:
             raise _TooMuchError(Fault(_start(node), "an alias refers to itself", path))

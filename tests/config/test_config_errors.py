@@ -204,7 +204,7 @@ CASES = {
     ),
     "missing base directory": (
         SHARED + "base: ./model\nclients: [{name: a}]\n",
-        ["2:7: base: no file or directory './model' (looked for DIR/model)"],
+        ["2:7: base: no directory './model' (looked for DIR/model)"],
     ),
     "task files that are no directory": (
         SHARED + "evaluate: {include_path: rows.jsonl}\nclients: [{name: a}]\n",
