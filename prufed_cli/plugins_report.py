@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from prufed_cli.errors import NOT_FOUND, PrufedError
 from prufed_cli.progress import Reporter
-from prufed_plugins.discover import Catalog, Entry, catalog, construct, missing_requirements
+from prufed_plugins.discover import (
+    Catalog,
+    Entry,
+    catalog,
+    check_settings,
+    construct,
+    missing_requirements,
+)
 from prufed_plugins.errors import MethodError
 from prufed_plugins.settings import Parameter, parameters
 
@@ -112,9 +119,9 @@ def _check(entry: Entry, settings: Mapping[str, Any]) -> CheckedMethod:
 
     if entry.kind not in testing.KITS:
         return CheckedMethod(entry, (), f"there is no kit for a {entry.kind}")
-    needed = [p.name for p in settable(entry) if p.required and p.name not in settings]
-    if needed:
-        return CheckedMethod(entry, (), f"needs --set {needed[0]}=...")
+    problems = check_settings(entry.method.params, {})
+    if problems and not settings:
+        return CheckedMethod(entry, (), f"needs --set: {problems[0]}")
     try:
         construct(entry, settings)
     except MethodError as error:

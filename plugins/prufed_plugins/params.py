@@ -145,6 +145,12 @@ class ExplicitParams(Params):
         default=None, description="layers to drop, counted from 0: [2, 3]"
     )
 
+    @model_validator(mode="after")
+    def _check_one_list(self) -> ExplicitParams:
+        if (self.layers is None) == (self.drop_layers is None):
+            raise ValueError("give one list, layers=[0,1,5] to keep them or drop_layers=[3,4]")
+        return self
+
 
 # --- tuners --------------------------------------------------------------------------------------
 

@@ -66,6 +66,10 @@ class Problem:
     key: str
     message: str
 
+    def __str__(self) -> str:
+        """Return the two as one sentence."""
+        return f"{self.key}: {self.message}" if self.key else self.message
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -172,7 +176,7 @@ def validate(label: str, model: type[BaseModel], settings: Mapping[str, Any]) ->
     """
     problems = check_settings(model, settings)
     if problems:
-        said = "; ".join(": ".join(filter(None, (p.key, p.message))) for p in problems)
+        said = "; ".join(map(str, problems))
         reference = label.replace(" ", ":", 1)
         raise MethodError(f"{label}: {said}", f"prufed plugins show {reference}")
     return model.model_validate(dict(settings))

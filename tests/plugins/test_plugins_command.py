@@ -107,3 +107,15 @@ def test_wrong_settings_fail_the_check_before_it_runs(capsys: pytest.CaptureFixt
     assert code == 1
     [check] = json.loads(out)["methods"][0]["checks"]
     assert check["failure"] == "sampler uniform: fraction: must be > 0, <= 1, not 2"
+
+
+def test_a_method_without_defaults_is_skipped_until_it_is_told(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, out, _ = run(capsys, "check", "explicit", "--quiet")
+    assert code == 0
+    assert "skipped   needs --set: give one list, layers=[0,1,5]" in out
+    assert "0 of 0 checks passed" in out
+    code, out, _ = run(capsys, "check", "explicit", "--set", "layers=[0, 2, 5]", "--json")
+    assert code == 0
+    assert json.loads(out)["methods"][0]["checks"]

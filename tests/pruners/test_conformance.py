@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from prufed_plugins.api import PruneTarget
+
 from prufed_plugins.discover import build
 from prufed_plugins.testing import check_pruner
 
@@ -31,7 +31,7 @@ def test_built_in_pruner_conforms(name: str, settings: dict[str, object]) -> Non
 @pytest.mark.parametrize("settings", [{"layers": [0, 2, 5]}, {"drop_layers": [1]}, {"keep": 3}])
 def test_a_pruner_that_knows_its_layers_conforms(settings: dict[str, object]) -> None:
     name = "symmetric" if "keep" in settings else "explicit"
-    check_pruner(lambda: build("pruner", name, settings), PruneTarget()).require()
+    check_pruner(lambda: build("pruner", name, settings)).require()
 
 
 def test_a_pruner_that_breaks_the_contract_is_told_where() -> None:

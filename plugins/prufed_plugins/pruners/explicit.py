@@ -46,13 +46,7 @@ class Explicit:
 
 
 def _dropped(layers: int, params: ExplicitParams) -> set[int]:
-    if (params.layers is None) == (params.drop_layers is None):
-        raise MethodError(
-            "explicit needs one list of layers",
-            "pass --set layers=[0,1,2,5] to keep them, or --set drop_layers=[3,4]",
-        )
-    listed = params.layers if params.drop_layers is None else params.drop_layers
-    assert listed is not None
+    listed = (params.layers if params.drop_layers is None else params.drop_layers) or ()
     for index in listed:
         if not 0 <= index < layers:
             raise MethodError(

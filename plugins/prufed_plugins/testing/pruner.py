@@ -22,14 +22,15 @@ LAYERS = 6
 HALF = PruneTarget(sparsity=0.5)
 
 
-def check_pruner(make: Callable[[], Pruner], target: PruneTarget = HALF) -> Outcome:
+def check_pruner(make: Callable[[], Pruner], target: PruneTarget | None = None) -> Outcome:
     """Check a pruner against its contract.
 
     Args:
         make: constructs the pruner.
-        target: what to ask of it where any target will do; a pruner whose parameters already say
-            what to remove takes an empty one.
+        target: what to ask of it where any target will do. By default half of the model; nothing
+            of a pruner that refuses that because its parameters already say what to remove.
     """
+    target = target or _target_of(make())
 
     def told(check: Callable[[Pruner, PruneTarget], None]) -> Callable[[Pruner], None]:
         def run(pruner: Pruner) -> None:
@@ -129,6 +130,16 @@ def _prune(pruner: Pruner, decoder: TinyDecoder, target: PruneTarget) -> list[An
         copy.deepcopy(result)
         for result in pruner.prune(decoder, calibration, target, lambda what, done, total: None)
     ]
+
+
+def _target_of(pruner: Pruner) -> PruneTarget:
+    try:
+        _prune(pruner, TinyDecoder(), HALF)
+    except MethodError:
+        return PruneTarget()
+    except Exception:  # a broken pruner: the checks that follow report it
+        return HALF
+    return HALF
 
 
 def _states_its_result(pruner: Pruner) -> None:
