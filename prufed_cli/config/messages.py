@@ -54,12 +54,17 @@ def _render_one(
     name: str, lines: Sequence[str], position: Position, path: KeyPath, message: str
 ) -> str:
     where = f"{name}:{position.line}:{position.column}: "
-    head = where + (f"{dotted(path)}: {message}" if path else message)
+    head = where + _escaped(f"{dotted(path)}: {message}" if path else message)
     line = lines[position.line - 1] if position.line <= len(lines) else ""
     if not line.strip():
         return head
     shown, indent = _window(line.expandtabs(1), position.column - 1)
     return f"{head}\n    {shown}\n    {indent}^"
+
+
+def _escaped(text: str) -> str:
+    """Return text that cannot steer a terminal, whatever the file puts into it."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _window(line: str, column: int) -> tuple[str, str]:
@@ -74,8 +79,7 @@ def _window(line: str, column: int) -> tuple[str, str]:
 
 def dotted(path: KeyPath) -> str:
     """Return ``clients.1.epochs`` for ``("clients", 1, "epochs")``."""
-    parts = (str(part) for part in path)
-    return ".".join(part if part.isprintable() else repr(part) for part in parts)
+    return ".".join(str(part) for part in path)
 
 
 def near(word: str, known: Iterable[str]) -> str:

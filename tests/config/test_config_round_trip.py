@@ -142,7 +142,7 @@ FRAGMENTS += [
 
 
 @given(st.randoms(use_true_random=False), st.integers(1, 12))
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_mutated_yaml_is_read_or_refused(
     directory: Path, chance: random.Random, changes: int
 ) -> None:
