@@ -26,6 +26,7 @@ from prufed_cli.models.masked_lora import (
     effective_weight,
     feature_counts,
     is_transposed,
+    multiplier,
 )
 from prufed_plugins.masks import factor_masks
 
@@ -357,7 +358,7 @@ def _merge_layer(
             A.to(weight.device, torch.float32),
             B.to(weight.device, torch.float32),
             scaling,
-            None if mask is None else ~mask.to(weight.device, torch.bool),
+            None if mask is None else multiplier(mask, weight.device),
             is_transposed(layer),
         )
         weight.copy_(merged)

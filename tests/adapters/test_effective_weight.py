@@ -20,28 +20,28 @@ def _inputs(transposed: bool) -> tuple[Tensor, ...]:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     shape = (5, 7) if transposed else (7, 5)
-    weight, removed = draw(*shape), draw(*shape) > 0
-    return draw(2, 3, 5), draw(4, 5), draw(7, 4), draw(5), weight, draw(7), removed
+    weight, mask = draw(*shape), (draw(*shape) > 0).view(torch.uint8)
+    return draw(2, 3, 5), draw(4, 5), draw(7, 4), draw(5), weight, draw(7), mask
 
 
 def _plain(
-    x: Tensor, A: Tensor, B: Tensor, c: Tensor | None, W: Tensor, bias: Tensor, removed: Tensor
+    x: Tensor, A: Tensor, B: Tensor, c: Tensor | None, W: Tensor, bias: Tensor, mask: Tensor
 ) -> Tensor:
     """(d, k) layout throughout."""
-    update = SCALING * (B @ (A if c is None else A * c)) * ~removed
+    update = SCALING * (B @ (A if c is None else A * c)) * mask
     return F.linear(x, W + update, bias)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dropped", [False, True])
 def test_output_and_gradients_are_plain_autograds(transposed: bool, dropped: bool) -> None:
-    x, A, B, c, W, bias, removed = _inputs(transposed)
+    x, A, B, c, W, bias, mask = _inputs(transposed)
     columns = c if dropped else None
     ours = [t.clone().requires_grad_() for t in (x, A, B)]
     theirs = [t.clone().requires_grad_() for t in (x, A, B)]
     upstream = torch.randn(2, 3, 7, dtype=torch.float64)
-    y = EffectiveLinear.apply(*ours, columns, W, bias, removed, SCALING, transposed)
-    oriented = (W.T, removed.T) if transposed else (W, removed)
+    y = EffectiveLinear.apply(*ours, columns, W, bias, mask, SCALING, transposed)
+    oriented = (W.T, mask.T) if transposed else (W, mask)
     expected = _plain(*theirs, columns, oriented[0], bias, oriented[1])
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     y.backward(upstream)
@@ -52,10 +52,10 @@ def test_output_and_gradients_are_plain_autograds(transposed: bool, dropped: boo
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_gradients_are_the_numerical_ones(transposed: bool) -> None:
-    x, A, B, c, W, bias, removed = _inputs(transposed)
+    x, A, B, c, W, bias, mask = _inputs(transposed)
     learned = tuple(t.requires_grad_() for t in (x, A, B))
     assert torch.autograd.gradcheck(
-        lambda *t: EffectiveLinear.apply(*t, c, W, bias, removed, SCALING, transposed), learned
+        lambda *t: EffectiveLinear.apply(*t, c, W, bias, mask, SCALING, transposed), learned
     )
 
 
