@@ -79,7 +79,7 @@ def validate_settings(kind: Kind, name: str, settings: Mapping[str, Any]) -> lis
         message = error.message + (f"; {error.hint}" if error.hint else "")
         return [Problem(("name",), message)]
     return [
-        Problem(tuple(problem.key.split(".")), problem.message)
+        Problem(tuple(filter(None, problem.key.split("."))), problem.message)
         for problem in check_settings(entry.method.params, settings)
     ]
 
@@ -87,7 +87,7 @@ def validate_settings(kind: Kind, name: str, settings: Mapping[str, Any]) -> lis
 def section_problems(kind: Kind, section: MethodSection, path: KeyPath) -> Iterator[Problem]:
     """Yield the problems of one section that stands at ``path``."""
     for problem in validate_settings(kind, section.name, section.settings):
-        first = str(problem.path[0])
+        first = str(problem.path[0]) if problem.path else ""
         if first in section.settings and first not in (known := _keys(kind, section)):
             message = f"unknown key for the {kind} {section.name}" + near(first, known)
             yield Problem((*path, first), message, at_key=True)
