@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LONGEST_WINDOW: Final = 2048
-_LOGITS_BUDGET: Final = 2**27
-"""Entries of logits alive at once: 512 MiB in float32."""
+_LOGITS_BUDGET: Final = 2**24
+"""Entries of logits alive at once: 64 MiB in float32, and at least one window."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def measure_perplexity(
         tokenizer: its tokenizer.
         text: what to score.
         window: tokens per window; the model's own limit, at most 2048, by default.
-        batch_size: windows per forward pass; as many as 512 MiB of logits hold by default.
+        batch_size: windows per forward pass; as many as 64 MiB of logits hold by default.
         reporter: receives progress.
 
     Raises:

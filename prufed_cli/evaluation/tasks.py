@@ -120,8 +120,9 @@ def find_tasks(
     leaves: dict[str, Leaf] = {}
     columns: dict[str, tuple[str, ...]] = {}
     extra = {"limit": limit, "num_fewshot": num_fewshot}
+    directories = _Directories(include_path, reporter)
     for name in dict.fromkeys(names):
-        manager = _manager_with(name, include_path, reporter)
+        manager = directories.manager_of(name)
         index = manager.task_index
         members = list(_members(index, name, {}))
         for member in members:
@@ -133,51 +134,66 @@ def find_tasks(
     return TaskSet(leaves, columns, limit=limit, num_fewshot=num_fewshot)
 
 
-def _manager_with(name: str, include_path: Path | None, reporter: Reporter) -> Any:
-    """Return the first task manager that knows a name."""
-    known: list[str] = []
-    for directory in _directories(name, include_path):
-        manager = _manager(directory)
-        if name in manager.task_index:
-            return manager
-        known += manager.all_tasks
-    reporter.note(f"looking for {name} in lm-eval's whole index (this takes a while)")
-    manager = _manager(None)
-    if name in manager.task_index:
-        return manager
-    near = difflib.get_close_matches(name, [*known, *manager.all_tasks], n=3)
-    where = f" in {include_path}" if include_path else ""
-    hint = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists them all"
-    raise PrufedError(f"no lm-eval task {name!r}{where}", hint, USAGE)
+class _Directories:
+    """The task managers a name is looked for in, each opened once.
 
+    Args:
+        include_path: searched first.
+        reporter: is told when the slow index is read.
+    """
 
-def _directories(name: str, include_path: Path | None) -> Iterator[Path]:
-    if include_path is not None:
-        if not include_path.is_dir():
+    def __init__(self, include_path: Path | None, reporter: Reporter) -> None:
+        if include_path is not None and not include_path.is_dir():
             raise PrufedError(
                 f"no directory {include_path}", "give a directory of task YAML files", NOT_FOUND
             )
-        yield include_path
-    from prufed_cli.assets import EMBEDDED_TASKS, embedded_tasks
+        self._include_path = include_path
+        self._reporter = reporter
+        self._managers: dict[Path | None, Any] = {}
 
-    if name in EMBEDDED_TASKS:
+    def manager_of(self, name: str) -> Any:
+        """Return the first manager that knows a task, group or tag.
+
+        Raises:
+            PrufedError: none does.
+        """
+        known: list[str] = []
+        for directory in self._candidates(name):
+            manager = self._open(directory)
+            if name in manager.task_index:
+                return manager
+            known += manager.all_tasks
+        near = difflib.get_close_matches(name, known, n=3)
+        where = f" in {self._include_path}" if self._include_path else ""
+        hint = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists them all"
+        raise PrufedError(f"no lm-eval task {name!r}{where}", hint, USAGE)
+
+    def _candidates(self, name: str) -> Iterator[Path | None]:
+        from prufed_cli.assets import embedded_tasks
+
+        if self._include_path is not None:
+            yield self._include_path
         yield embedded_tasks()
-    import lm_eval.tasks
+        import lm_eval.tasks
 
-    own = Path(lm_eval.tasks.__file__).parent / name
-    if re.fullmatch(r"\w[\w.-]*", name) and own.is_dir():
-        yield own
+        own = Path(lm_eval.tasks.__file__).parent / name
+        if re.fullmatch(r"\w[\w.-]*", name) and own.is_dir():
+            yield own
+        yield None
 
+    def _open(self, directory: Path | None) -> Any:
+        """Return a manager of one directory's tasks, or of all that lm-eval brings."""
+        if directory not in self._managers:
+            from lm_eval.tasks import TaskManager
 
-def _manager(directory: Path | None) -> Any:
-    """Return a manager of one directory's tasks, or of all that lm-eval brings."""
-    from lm_eval.tasks import TaskManager
-
-    with contained():
-        return TaskManager(
-            include_path=None if directory is None else str(directory.resolve()),
-            include_defaults=directory is None,
-        )
+            if directory is None:
+                self._reporter.note("reading lm-eval's whole index of tasks (this takes a while)")
+            with contained():
+                self._managers[directory] = TaskManager(
+                    include_path=None if directory is None else str(directory.resolve()),
+                    include_defaults=directory is None,
+                )
+        return self._managers[directory]
 
 
 def _members(
