@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 from prufed_cli.config.loading import check
-from prufed_cli.config.messages import ConfigError, dotted
+from prufed_cli.config.messages import ConfigError, describe
 from prufed_cli.config.models import FederationConfig
-from prufed_cli.config.yaml_source import parse
+from prufed_cli.config.yaml_source import Source
 
 
-def validated(document: dict[str, Any]) -> FederationConfig:
-    """Return the configuration a document stands for; its paths are absolute already.
+def validated(document: Mapping[str, Any]) -> FederationConfig:
+    """Return the configuration a document stands for, held to the rules of a file.
+
+    Paths that are not absolute are relative to the working directory.
 
     Raises:
         ConfigError: every error, each with its key.
     """
-    from pathlib import Path
-
-    import yaml
-
-    # By way of YAML, so that a value set on the command line meets the very rules of the file.
-    source = parse(yaml.safe_dump(document, sort_keys=False).encode())
+    source = Source((), value=deepcopy(dict(document)))
     config, problems = check(source, Path("configuration"))
-    if config is None or problems or source.faults:
-        lines = [f"{dotted(problem.path)}: {problem.message}" for problem in problems]
-        raise ConfigError("\n".join(lines or ["the configuration is not usable"]))
+    if config is None or problems:
+        raise ConfigError("\n".join(dict.fromkeys(describe(problem) for problem in problems)))
     return config

@@ -10,7 +10,7 @@ from prufed_cli.config.messages import Problem
 from prufed_cli.config.yaml_source import KeyPath
 
 EMBEDDED: Final = "embedded"
-"""What stands for the data that comes with prufed; ``./embedded`` is a file of that name."""
+"""What stands for the data and the tasks that come with prufed; ``./embedded`` is a path."""
 
 _TEXT_SUFFIXES: Final = frozenset({".jsonl", ".ndjson", ".json", ".txt", ".md"})
 
@@ -39,10 +39,8 @@ def _path(
     if found is None:
         return
     holder, text = found
-    if text == EMBEDDED and path[-1] in {"path", "data"}:
-        from prufed_cli.assets import embedded_data
-
-        holder[path[-1]] = str(embedded_data())
+    if text == EMBEDDED and (embedded := _embedded(path)) is not None:
+        holder[path[-1]] = str(embedded)
         return
     resolved = _absolute(text, directory)
     if resolved is None:
@@ -53,6 +51,14 @@ def _path(
         yield Problem(path, f"no directory {text!r} (looked for {resolved})")
     elif not resolved.exists():
         yield Problem(path, f"no file {text!r} (looked for {resolved})")
+
+
+def _embedded(path: KeyPath) -> Path | None:
+    from prufed_cli.assets import embedded_data, embedded_tasks
+
+    if path == ("evaluate", "include_path"):
+        return embedded_tasks()
+    return None if path == ("evaluate", "perplexity") else embedded_data()
 
 
 def _base(document: Any, path: KeyPath, directory: Path) -> Iterator[Problem]:

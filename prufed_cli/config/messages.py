@@ -54,12 +54,18 @@ def _render_one(
     name: str, lines: Sequence[str], position: Position, path: KeyPath, message: str
 ) -> str:
     where = f"{name}:{position.line}:{position.column}: "
-    head = where + _escaped(f"{dotted(path)}: {message}" if path else message)
+    head = where + describe(Problem(path, message))
     line = lines[position.line - 1] if position.line <= len(lines) else ""
     if not line.strip():
         return head
     shown, indent = _window(line.expandtabs(1), position.column - 1)
     return f"{head}\n    {shown}\n    {indent}^"
+
+
+def describe(problem: Problem) -> str:
+    """Return a problem in one line: ``clients.1.epochs: unknown key``."""
+    key = ".".join(str(part) for part in problem.path)
+    return _escaped(f"{key}: {problem.message}" if key else problem.message)
 
 
 def _escaped(text: str) -> str:
@@ -75,11 +81,6 @@ def _window(line: str, column: int) -> tuple[str, str]:
     before = printable[: column - start].ljust(column - start)
     width = sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in before)
     return printable, " " * width
-
-
-def dotted(path: KeyPath) -> str:
-    """Return ``clients.1.epochs`` for ``("clients", 1, "epochs")``."""
-    return ".".join(str(part) for part in path)
 
 
 def near(word: str, known: Iterable[str]) -> str:

@@ -232,7 +232,9 @@ class EvaluateConfig(Section):
     """What is measured, and when."""
 
     tasks: Texts = Field(default=(), description="lm-eval tasks")
-    include_path: Path | None = Field(default=None, description="directory of lm-eval task files")
+    include_path: Path | None = Field(
+        default=None, description="directory of lm-eval task files, or `embedded`"
+    )
     perplexity: Path | None = Field(default=None, description="text file")
     every: Int = Field(
         default=1, ge=1, description="rounds between evaluations; the last one always is"

@@ -56,11 +56,11 @@ data:
 
 # What to measure, and after which rounds.
 evaluate:
-  # tasks: [hellaswag, sciq]      # lm-eval tasks
-  # include_path: my-tasks        # a directory of lm-eval task files
+  tasks: [prufed_open_qa, prufed_classification]  # of lm-eval, such as hellaswag and sciq
+  include_path: embedded        # the tasks that come with prufed; yours: a directory
   # perplexity: held-out.txt
   every: 1
-  # limit: 200
+  limit: 100                    # documents per task
   clients: false                # also every client's own model
 
 write_back: {share: 0.0}        # how much of its own adapter a client keeps after a round

@@ -366,7 +366,7 @@ def test_aliases_that_explode_are_refused_quickly(directory: Path) -> None:
 
 @pytest.mark.parametrize("opening", ["[", "{a: ", "- "])
 def test_deep_nesting_is_refused(opening: str, directory: Path) -> None:
-    found = heads(directory, opening * 5000)
+    found = heads(directory, opening * 1500)
     assert len(found) == 1
     assert "nested more than 40 levels deep" in found[0]
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from prufed_cli.config import ConfigError, FederationConfig, load
 
-names = st.from_regex(r"[a-z0-9]([a-z0-9._-]{0,20}[a-z0-9])?", fullmatch=True)
+# A letter first: PyYAML writes 1e5 without the quotes that YAML 1.2 wants.
+names = st.from_regex(r"[a-z]([a-z0-9._-]{0,20}[a-z0-9])?", fullmatch=True)
 counts = st.integers(1, 10**6)
 shares = st.floats(0, 1, exclude_max=True)
 positive = st.floats(1e-6, 1e6)
@@ -142,7 +143,7 @@ FRAGMENTS += [
 
 
 @given(st.randoms(use_true_random=False), st.integers(1, 12))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_mutated_yaml_is_read_or_refused(
     directory: Path, chance: random.Random, changes: int
 ) -> None:
@@ -157,7 +158,7 @@ def test_mutated_yaml_is_read_or_refused(
 
 
 @given(st.binary(max_size=60))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_any_bytes_are_refused(directory: Path, content: bytes) -> None:
     path = directory / "bytes.yaml"
     path.write_bytes(content)
@@ -182,7 +183,7 @@ keys = st.sampled_from(
 
 
 @given(key=keys, value=values)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_any_value_at_any_key_is_read_or_refused(directory: Path, key: str, value: Any) -> None:
     document: Any = yaml.safe_load(SEED_TEXT)
     holder = document

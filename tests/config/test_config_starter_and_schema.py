@@ -18,7 +18,7 @@ from prufed_cli.config.starter import STARTER
 from prufed_cli.errors import NOT_FOUND, OK, USAGE
 from prufed_plugins.discover import catalog
 
-COMMENTED = ("# - {", "# tasks", "# limit", "# base", "# name")
+COMMENTED = ("# - {", "# base", "# name")
 
 
 def test_init_writes_a_valid_configuration_and_prints_its_path(
@@ -34,6 +34,9 @@ def test_init_writes_a_valid_configuration_and_prints_its_path(
     assert [client.sparsity for client in loaded.clients] == [0, 0.25, 0.5, 0.75]
     assert loaded.data is not None
     assert loaded.data.path.is_file()
+    assert loaded.evaluate.include_path is not None
+    names = {path.stem for path in loaded.evaluate.include_path.iterdir()}
+    assert names.issuperset(loaded.evaluate.tasks)
 
 
 def test_init_writes_into_the_working_directory(
@@ -72,7 +75,6 @@ def test_the_commented_examples_are_valid_too(tmp_path: Path) -> None:
     path.write_text("\n".join(lines))
     loaded = load(path)
     assert len(loaded.clients) == 7
-    assert loaded.evaluate.limit == 200
     assert loaded.base == "my-model"
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from prufed_cli.config import FederationConfig, load
+from prufed_cli.config import ConfigError, FederationConfig, load
+from prufed_cli.config.documents import validated
 from prufed_cli.config.loading import default_name
 
 
@@ -198,3 +199,19 @@ def test_the_default_name_is_always_valid(length: int, directory: Path) -> None:
     assert FederationConfig.model_validate(
         {"name": name, "clients": [{"name": "a", "data": "x"}]}
     ).name.startswith("a" * 45)
+
+
+def test_a_document_in_memory_is_held_to_the_rules_of_a_file(directory: Path) -> None:
+    loaded = config(directory, "clients: [{name: '1e5', data: own.jsonl}]\n")
+    document = loaded.model_dump(mode="json", exclude_none=True)
+    assert validated(document) == loaded
+    assert document["clients"][0]["name"] == "1e5"
+    document |= {"rounds": 0, "sampler": {"name": "uniform", "fractoin": 1}}
+    document["clients"][0]["sparsity"] = 1
+    with pytest.raises(ConfigError) as caught:
+        validated(document)
+    assert caught.value.message.splitlines() == [
+        "sampler.fractoin: unknown key for the sampler uniform; did you mean `fraction`?",
+        "rounds: must be at least 1, not 0",
+        "clients.0.sparsity: must be less than 1, not 1",
+    ]
