@@ -70,9 +70,8 @@ def render(payload: Mapping[str, Any]) -> bytes:
 
     There is one rendering for one content, so that any changed byte shows.
     """
-    body = {key: value for key, value in payload.items() if key != "checksum"}
-    checksum = hashlib.sha256(_indented(body)).hexdigest()
-    return _indented({**body, "checksum": f"sha256:{checksum}"})
+    whole = {**payload, "checksum": _checksum(payload)}
+    return f"{json.dumps(whole, indent=1, sort_keys=True)}\n".encode()
 
 
 def read_payload(directory: Path, ref: str) -> dict[str, Any]:
@@ -85,24 +84,25 @@ def read_payload(directory: Path, ref: str) -> dict[str, Any]:
     path = directory / MANIFEST
     hint = f"run 'prufed verify {ref}'; remove it with 'prufed rm {ref}' or publish it again"
     try:
-        content = path.read_bytes()
-        payload = json.loads(content)
+        payload = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise Damaged(f"the manifest of {ref} cannot be read: {error}", hint) from error
     if not isinstance(payload, dict):
         raise Damaged(f"the manifest of {ref} is not a JSON object", hint)
     layout = payload.get("layout")
-    if isinstance(layout, int) and layout > LAYOUT and content == render(payload):
+    if payload.get("checksum") != _checksum(payload):
+        raise Damaged(f"the manifest of {ref} has changed since it was published", hint)
+    if isinstance(layout, int) and layout > LAYOUT:
         raise InvalidRequest(
             f"{ref} was written by a newer prufed (layout {layout})", "upgrade prufed"
         )
-    if content != render(payload):
-        raise Damaged(f"the manifest of {ref} has changed since it was published", hint)
     return payload
 
 
-def _indented(value: Mapping[str, Any]) -> bytes:
-    return f"{json.dumps(value, indent=1, sort_keys=True)}\n".encode()
+def _checksum(payload: Mapping[str, Any]) -> str:
+    body = {key: value for key, value in payload.items() if key != "checksum"}
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def _dumps(what: str, value: object, separators: tuple[str, str] | None = None) -> str:

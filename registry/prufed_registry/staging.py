@@ -89,6 +89,8 @@ class Staging:
         traceback: TracebackType | None,
     ) -> None:
         delete_tree(self.path)
+        if self._files and not self._published:
+            self._drop_blobs()
         self._release()
         expected = error is None or isinstance(error, RegistryError)
         if not expected and is_full_disk(error):
@@ -170,12 +172,12 @@ class Staging:
         }
         # A damaged blob would damage the new artifact too, so its bytes are read, out of the lock.
         unsound = {e.sha256 for e in files.values() if not _is_sound(self._layout, e.sha256)}
+        write_atomically(self.path / MANIFEST, render(payload), mode=0o444)
         with self._layout.changing():
             for path, entry in files.items():
                 self._share(self.path / path, entry, replace=entry.sha256 in unsound)
-        write_atomically(self.path / MANIFEST, render(payload), mode=0o444)
-        self._close_directories(files)
-        target = self._commit(name)
+            self._close_directories(files)
+            target = self._commit(name)
         fsync(target.parent)
         target.chmod(0o555)
         version = names.parse_version(target.name) or 0
@@ -215,20 +217,27 @@ class Staging:
             fsync(Path(directory))
 
     def _commit(self, name: str) -> Path:
+        make_directory(self._layout.versions(name))
+        number = max(all_numbers(self._layout, name), default=0) + 1
+        while True:
+            target = self._layout.versions(name) / f"v{number}"
+            try:
+                self.path.rename(target)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
+                number += 1
+            else:
+                self._published = True
+                return target
+
+    def _drop_blobs(self) -> None:
+        """Delete the blobs that a publication which failed was the first to link."""
         with self._layout.changing():
-            make_directory(self._layout.versions(name))
-            number = max(all_numbers(self._layout, name), default=0) + 1
-            while True:
-                target = self._layout.versions(name) / f"v{number}"
-                try:
-                    self.path.rename(target)
-                except OSError as error:
-                    if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                        raise
-                    number += 1
-                else:
-                    self._published = True
-                    return target
+            for entry in (self._files or {}).values():
+                blob = self._layout.blob(entry.sha256)
+                if blob.exists() and blob.stat().st_nlink == 1:
+                    blob.unlink()
 
     def _release(self) -> None:
         if self._lock is not None:

@@ -94,8 +94,10 @@ class Registry:
             NotFound: there is no such version; the message names near ones.
             Damaged: its manifest is not what was published.
         """
-        location = self._locate(parse_reference(reference))
-        artifact = self._artifacts([location])[0]
+        # Again where the version was removed between finding and reading it.
+        while not (found := self._artifacts([self._locate(parse_reference(reference))])):
+            pass
+        artifact = found[0]
         if artifact.kind == DAMAGED:
             artifact.manifest  # noqa: B018  raises with the reason
             raise Damaged(f"{artifact.ref} is damaged", f"run 'prufed verify {artifact.ref}'")
@@ -261,11 +263,14 @@ class Registry:
         return results
 
     def _artifacts(self, locations: Iterable[Location]) -> builtins.list[Artifact]:
+        """Return the versions with their records, less those removed meanwhile."""
         found = {location.key: location for location in locations}
         records = self._index.lookup({key: each.directory for key, each in found.items()})
         return [
             Artifact(each.name, each.version, each.directory, records[key])
             for key, each in found.items()
+            if records[key].kind != DAMAGED
+            or versions.find_version(self._layout, each.name, each.version)
         ]
 
     def _locate(self, reference: Reference) -> Location:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from prufed_registry import names, versions
 from prufed_registry.artifact import Location
-from prufed_registry.digests import MANIFEST, FileEntry, read_payload
+from prufed_registry.digests import MANIFEST, FileEntry, read_payload, render
 from prufed_registry.durable import hash_file
 from prufed_registry.errors import RegistryError
 from prufed_registry.layout import Layout
@@ -60,10 +60,15 @@ def check_versions(layout: Layout, locations: Iterable[Location]) -> list[Proble
 def _check_version(layout: Layout, location: Location) -> Iterator[Problem]:
     ref, directory = location.ref, Path(location.directory)
     try:
-        manifest = parse_manifest(read_payload(directory, ref), ref)
-    except RegistryError as error:
-        yield Problem(ref, MANIFEST, error.message)
+        payload = read_payload(directory, ref)
+        manifest = parse_manifest(payload, ref)
+        content = (directory / MANIFEST).read_bytes()
+    except (RegistryError, OSError) as error:
+        yield Problem(ref, MANIFEST, str(error))
         return
+    # The checksum is over the content; this is over the spaces too.
+    if content != render(payload):
+        yield Problem(ref, MANIFEST, "its bytes have changed")
     if manifest.name != location.name:
         yield Problem(ref, MANIFEST, f"the manifest is that of {manifest.name!r}")
     for path, entry in manifest.files.items():
@@ -129,7 +134,8 @@ def _check_parents(layout: Layout, ref: str, manifest: Manifest) -> Iterator[Pro
 def _check_entries(layout: Layout, name: str) -> Iterator[Problem]:
     for entry in sorted(layout.versions(name).iterdir()):
         known = entry.name in ("aliases", ".gone") or names.parse_version(entry.name)
-        if not known or entry.is_symlink() or not entry.is_dir():
+        gone = not entry.exists() and not entry.is_symlink()
+        if not gone and (not known or entry.is_symlink() or not entry.is_dir()):
             yield Problem(name, entry.name, "does not belong into the registry")
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from prufed_registry import Artifact, Parent, Registry
 from safetensors.numpy import save_file
+
+from prufed_registry import Artifact, Parent, Registry
 
 # Loaded before any child is forked, so that no child spends its events on imports.
 for module in ("gc", "lineage", "manifest", "removal", "transfer", "verify"):

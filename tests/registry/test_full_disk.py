@@ -1,4 +1,4 @@
-"""A disk that fills up, after any number of bytes: one sentence, nothing published, nothing left."""
+"""A disk that fills up at any byte: one sentence, nothing published, nothing left behind."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from prufed_registry import Registry, RegistryError
 
 
@@ -68,10 +69,13 @@ def test_a_disk_with_any_number_of_free_pages(small_disk, publish_into, assert_s
         ballast = small_disk / "ballast"
         ballast.write_bytes(b"x" * page * max(0, free - pages))
         before = files_under(registry.root)
+        error = None
         try:
             publish_into(registry, seed=pages + 1, parents=(first,))
             succeeded.append(pages)
-        except RegistryError as error:
+        except RegistryError as raised:
+            error = raised
+        if error:
             assert "the disk is full" in error.message
             assert "gc" in (error.hint or "")
             assert files_under(registry.root) == before
@@ -83,14 +87,21 @@ def test_a_disk_with_any_number_of_free_pages(small_disk, publish_into, assert_s
 
 
 def test_a_caller_that_fills_the_disk_itself_gets_the_same_sentence(registry):
-    with pytest.raises(RegistryError, match="the disk is full"), registry.stage() as staging:
-        raise OSError(errno.ENOSPC, "No space left on device", str(staging.path))
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(RegistryError, match="the disk is full"), registry.stage():
+        raise full
     assert list((registry.root / "tmp").iterdir()) == []
 
 
 def test_another_error_of_the_caller_passes_and_leaves_nothing(registry):
-    with pytest.raises(ZeroDivisionError), registry.stage() as staging:
-        (staging.path / "half.txt").write_text("half")
-        _ = 1 / 0
+    staging = registry.stage()
+
+    def break_off() -> None:
+        with staging:
+            (staging.path / "half.txt").write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        break_off()
     assert list((registry.root / "tmp").iterdir()) == []
     assert registry.list() == []

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from prufed_registry import Registry
 
 FILESYSTEM_EVENTS = ("open", "os.", "shutil.", "fcntl.")
