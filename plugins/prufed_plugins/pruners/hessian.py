@@ -35,7 +35,7 @@ class InputNorms:
 
     def add(self, inputs: Tensor) -> None:
         """Add the inputs (tokens, columns) of one batch."""
-        self._squares += inputs.float().square_().sum(dim=0)
+        self._squares += inputs.float().square().sum(dim=0)
         self.tokens += inputs.shape[0]
 
     def second_moments(self) -> Tensor:

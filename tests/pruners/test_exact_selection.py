@@ -1,0 +1,86 @@
+"""How many entries go, and which of equals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prufed_plugins.errors import MethodError
+from prufed_plugins.pruners.magnitude import GlobalThreshold
+from prufed_plugins.pruners.selection import (
+    check_pattern,
+    pruned_count,
+    smallest,
+    smallest_of_groups,
+)
+
+TIED = st.sampled_from([0.0, 0.25, 0.5, 1.0, 3.0])
+ANY = st.floats(0, 1e6, width=32)
+
+
+@st.composite
+def matrices(draw: Callable, columns: int | None = None) -> torch.Tensor:
+    rows = draw(st.integers(1, 6))
+    width = columns or draw(st.integers(1, 24))
+    values = draw(
+        st.lists(draw(st.sampled_from([TIED, ANY])), min_size=rows * width, max_size=rows * width)
+    )
+    return torch.tensor(values, dtype=torch.float32).reshape(rows, width)
+
+
+def first_by_stable_sort(scores: torch.Tensor, count: int) -> torch.Tensor:
+    order = np.argsort(scores.numpy(), axis=-1, kind="stable")[..., :count]
+    chosen = np.zeros(scores.shape, dtype=bool)
+    np.put_along_axis(chosen, order, True, axis=-1)
+    return torch.from_numpy(chosen)
+
+
+@settings(max_examples=80, deadline=None)
+@given(matrices(), st.data())
+def test_the_smallest_of_each_row_are_those_of_a_stable_sort(
+    scores: torch.Tensor, data: st.DataObject
+) -> None:
+    count = data.draw(st.integers(0, scores.shape[1]))
+    chosen = smallest(scores, count)
+    assert chosen.sum(dim=1).tolist() == [count] * scores.shape[0]
+    assert torch.equal(chosen, first_by_stable_sort(scores, count))
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(2, 9), st.data())
+def test_every_group_loses_exactly_n_the_lower_index_first(m: int, data: st.DataObject) -> None:
+    n = data.draw(st.integers(1, m - 1))
+    scores = data.draw(matrices(columns=m * data.draw(st.integers(1, 3))))
+    chosen = smallest_of_groups(scores, (n, m))
+    expected = first_by_stable_sort(scores.reshape(-1, m), n).reshape(scores.shape)
+    assert torch.equal(chosen, expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(matrices(), min_size=1, max_size=4), st.floats(0, 0.999))
+def test_the_global_threshold_is_that_of_one_long_stable_sort(
+    scores: list[torch.Tensor], sparsity: float
+) -> None:
+    select = GlobalThreshold(lambda: iter(scores), sparsity)
+    chosen = torch.cat([select(one).flatten() for one in scores])
+    flat = torch.cat([one.flatten() for one in scores])
+    assert torch.equal(chosen, first_by_stable_sort(flat, pruned_count(sparsity, flat.numel())))
+
+
+def test_equal_scores_go_from_the_left() -> None:
+    assert smallest(torch.ones(2, 4), 2).tolist() == [[True, True, False, False]] * 2
+    assert smallest_of_groups(torch.ones(1, 4), (1, 2)).tolist() == [[True, False, True, False]]
+
+
+def test_sparsity_zero_selects_nothing() -> None:
+    assert not smallest(torch.tensor([[0.0, 0.0, 1.0]]), pruned_count(0.0, 3)).any()
+
+
+def test_a_pattern_that_does_not_divide_names_the_matrix_and_its_columns() -> None:
+    with pytest.raises(MethodError, match=r"4:8 does not divide the 172 columns of layer\.down"):
+        check_pattern("layer.down", 172, (4, 8))
