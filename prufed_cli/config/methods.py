@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from pydantic import ValidationError
@@ -44,28 +44,40 @@ def method_problems(document: Mapping[str, Any]) -> Iterator[Problem]:
     data = document.get("data")
     if isinstance(data, Mapping):
         yield from _plain(data, "partitioner", PartitionConfig, ("data", "partition"))
-    pruner = _section(PrunerConfig, document.get("pruner"))
-    tuner = _section(TunerConfig, document.get("tuner"))
-    shared = {
-        "pruner": list(section_problems("pruner", pruner, ("pruner",))) if pruner else [],
-        "tuner": list(section_problems("tuner", tuner, ("tuner",))) if tuner else [],
-    }
-    yield from (*shared["pruner"], *shared["tuner"])
     clients = document.get("clients")
-    for index, client in enumerate(clients if isinstance(clients, list | tuple) else ()):
-        if not isinstance(client, Mapping):
-            continue
-        path: KeyPath = ("clients", index)
-        own_pruner = _section(PrunerOverride, client.get("pruner"))
-        own_tuner = _section(TunerOverride, client.get("tuner"))
-        if pruner and own_pruner:
-            effective = pruner_for(pruner, own_pruner, layers=client.get("keep_layers") is not None)
-            found = section_problems("pruner", effective, (*path, "pruner"))
-            yield from _own(found, shared["pruner"])
+    clients = clients if isinstance(clients, list | tuple) else []
+    yield from _pruners(_section(PrunerConfig, document.get("pruner")), clients)
+    yield from _tuners(_section(TunerConfig, document.get("tuner")), clients)
+
+
+def _pruners(pruner: PrunerConfig | None, clients: Sequence[Any]) -> Iterator[Problem]:
+    if pruner is None:
+        return
+    shared = list(section_problems("pruner", pruner, ("pruner",)))
+    yield from shared
+    for index, client in _mappings(clients):
+        own = _section(PrunerOverride, client.get("pruner"))
+        if own is not None:
+            effective = pruner_for(pruner, own, layers=client.get("keep_layers") is not None)
+            path: KeyPath = ("clients", index)
+            yield from _own(section_problems("pruner", effective, (*path, "pruner")), shared)
             yield from _unfit(effective.name, client, path)
-        if tuner and own_tuner:
-            found = section_problems("tuner", merged(tuner, own_tuner), (*path, "tuner"))
-            yield from _own(found, shared["tuner"])
+
+
+def _tuners(tuner: TunerConfig | None, clients: Sequence[Any]) -> Iterator[Problem]:
+    if tuner is None:
+        return
+    shared = list(section_problems("tuner", tuner, ("tuner",)))
+    yield from shared
+    for index, client in _mappings(clients):
+        own = _section(TunerOverride, client.get("tuner"))
+        if own is not None:
+            path: KeyPath = ("clients", index, "tuner")
+            yield from _own(section_problems("tuner", merged(tuner, own), path), shared)
+
+
+def _mappings(clients: Sequence[Any]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    return ((i, client) for i, client in enumerate(clients) if isinstance(client, Mapping))
 
 
 def validate_settings(kind: Kind, name: str, settings: Mapping[str, Any]) -> list[Problem]:
