@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -242,27 +243,57 @@ def save_masks(path: Path, masks: Mapping[str, Tensor]) -> None:
     save_file({name: pack(masks[name]) for name in names}, path, metadata=metadata)
 
 
-def load_masks(path: Path) -> dict[str, Tensor]:
-    """Return the masks that :func:`save_masks` wrote.
+class MaskFile(Mapping[str, Tensor]):
+    """The masks of a file, each unpacked when it is asked for.
+
+    Unpacked, the masks of a model take a byte per weight; whoever adapts one matrix per block need
+    not pay for the rest.
 
     Raises:
-        MethodError: the file is missing or damaged, is no mask file, comes from a newer layout,
-            or its tensors and its stated shapes differ.
+        MethodError: when opened, the file is missing or damaged, is no mask file, comes from a
+            newer layout, or its tensors and its stated shapes differ; on access, a mask is damaged.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes = _stated_shapes(path, file.metadata())
-            packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise MethodError(
-            f"cannot read masks from {path}: {error}", "prune the base again"
-        ) from error
-    if packed.keys() != shapes.keys():
-        odd = sorted(packed.keys() ^ shapes.keys())
-        raise MethodError(
-            f"{path} and its stated shapes differ in {', '.join(odd[:3])}", "prune the base again"
-        )
-    return {name: unpack(packed[name], shapes[name]) for name in sorted(packed)}
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with self._open() as file:
+            self._shapes = _stated_shapes(path, file.metadata())
+            odd = sorted(self._shapes.keys() ^ set(file.keys()))
+        if odd:
+            raise MethodError(
+                f"{path} and its stated shapes differ in {', '.join(odd[:3])}",
+                "prune the base again",
+            )
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self._shapes[name]
+        with self._open() as file:
+            return unpack(file.get_tensor(name), shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._shapes))
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    @contextmanager
+    def _open(self) -> Iterator[Any]:
+        try:
+            with safe_open(self._path, framework="pt") as file:
+                yield file
+        except (OSError, SafetensorError) as error:
+            raise MethodError(
+                f"cannot read masks from {self._path}: {error}", "prune the base again"
+            ) from error
+
+
+def load_masks(path: Path) -> dict[str, Tensor]:
+    """Return all masks that :func:`save_masks` wrote, unpacked.
+
+    Raises:
+        MethodError: as :class:`MaskFile`.
+    """
+    return dict(MaskFile(path))
 
 
 def _stated_shapes(path: Path, metadata: Mapping[str, str] | None) -> dict[str, list[int]]:

@@ -248,7 +248,7 @@ def attach(
     """
     layers = target_layers(model, spec.target_modules)
     masks = dict(factor_masks or {})
-    products = dict(product_masks or {}) if spec.product_mask else {}
+    products = (product_masks or {}) if spec.product_mask else {}
     _check_tensors(layers, spec.r, tensors, masks)
     adapted = {}
     for name, layer in layers.items():

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from prufed_plugins.errors import MethodError
 from prufed_plugins.masks import (
     METADATA_KEY,
+    MaskFile,
     digest,
     factor_masks,
     load_masks,
@@ -168,6 +169,16 @@ def test_files_keep_masks_and_are_the_same_bytes(tmp_path: Path) -> None:
     loaded = load_masks(tmp_path / "one")
     assert all(torch.equal(loaded[name], masks[name]) for name in masks)
     assert digest(loaded) == digest(masks)
+
+
+def test_a_mask_file_unpacks_what_is_asked_for(tmp_path: Path) -> None:
+    masks = {"b": torch.rand(3, 5) < 0.5, "a": torch.rand(4, 4) < 0.5}
+    save_masks(tmp_path / "masks", masks)
+    file = MaskFile(tmp_path / "masks")
+    assert list(file) == ["a", "b"]
+    assert len(file) == 2
+    assert torch.equal(file["b"], masks["b"])
+    assert file.get("c") is None
 
 
 def test_digests_tell_names_shapes_and_entries_apart() -> None:

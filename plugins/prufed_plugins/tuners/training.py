@@ -132,15 +132,15 @@ def _accumulate(
 ) -> float:
     """Leave the batch's mean gradient per loss token in ``.grad``; return the mean loss."""
     device = next(iter(model.parameters.values())).device
-    summed, count = torch.zeros((), dtype=torch.float64), 0
+    summed, count = 0.0, 0
     for start in range(0, len(batch), settings.micro_batch_size):
         micro = batch[start : start + settings.micro_batch_size]
         ids, attention, labels = (t.to(device) for t in collate(data, micro, pad_token_id))
         loss, found = summed_loss(model.module, ids, attention, labels)
         loss.backward()  # type: ignore[no-untyped-call]
-        summed += loss.detach().double().cpu()
+        summed += float(loss.detach())
         count += found
-    mean = float(summed) / count
+    mean = summed / count
     if not math.isfinite(mean):
         raise MethodError(
             f"the loss is {mean} at step {step}", "lower the learning rate, or use dtype bfloat16"
