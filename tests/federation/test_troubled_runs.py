@@ -34,7 +34,7 @@ def test_a_client_that_diverges_is_excluded(tmp_path: Path, configuration: Docum
     result = run(tmp_path, small(configuration, {"name": "calm"}, wild))
     failed = result.run.select("client_failed")
     assert [event["client"] for event in failed] == ["wild"]
-    assert "not finite" in failed[0]["reason"] or "NaN" in failed[0]["reason"]
+    assert "nan" in failed[0]["reason"].lower() or "inf" in failed[0]["reason"].lower()
     assert result.run.find("merged")["clients"] == ["calm"]  # type: ignore[index]
     tuned = [a.ref for a in Registry(tmp_path / "registry").list("fed.wild")]
     assert tuned == ["fed.wild@v1"]  # the write-back alone; nothing it trained
@@ -89,16 +89,6 @@ def test_too_many_layers_are_refused_in_the_plan(tmp_path: Path, configuration: 
     document = small(configuration, {"name": "a", "keep_layers": 9})
     with pytest.raises(PrufedError, match="has only 4"):
         make_plan(validated(document), Registry(tmp_path / "registry"))
-
-
-def test_unknown_tasks_are_found_out_before_training(
-    tmp_path: Path, configuration: Document
-) -> None:
-    document = small(configuration, {"name": "a"})
-    document["evaluate"] = {"tasks": ["no_such_task_at_all"], "include_path": str(tmp_path)}
-    with pytest.raises(PrufedError, match="no_such_task_at_all"):
-        run(tmp_path, document)
-    assert Registry(tmp_path / "registry").list("fed.a") == []
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(
