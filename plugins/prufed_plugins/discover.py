@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from prufed_plugins.api import GROUP, HOOKS, Kind, Method
 from prufed_plugins.errors import MethodError
-from prufed_plugins.loading import load, reason
+from prufed_plugins.loading import PluginContractError, load, reason
 from prufed_plugins.settings import check_settings as check_settings
 from prufed_plugins.settings import parse_settings as parse_settings
 from prufed_plugins.settings import validate
@@ -140,9 +140,10 @@ class Catalog:
 
         known = [entry.name for entry in self.methods(kind)]
         near = get_close_matches(name.replace("_", "-"), known, n=3, cutoff=0.5)
-        if near:
-            return f"did you mean {' or '.join(near)}?"
-        return f"there is {', '.join(known)}" if known else "run prufed plugins to see what failed"
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there is {', '.join(known)}"
+        if self.disabled or any(failure.skipped for failure in self.failures):
+            hint += "; `prufed plugins` says which plugins were left out"
+        return hint
 
 
 def catalog() -> Catalog:
@@ -246,9 +247,12 @@ def _precedence(point: EntryPoint) -> tuple[bool, str, str]:
 
 
 def _origin(point: EntryPoint) -> tuple[str, str]:
-    if point.dist is None:
-        return point.module, "unknown"
-    return point.dist.name, point.dist.version
+    """Return the distribution and its version, though its metadata be damaged."""
+    try:
+        name, version = point.dist.name, point.dist.version  # type: ignore[union-attr]
+    except Exception:  # what damaged metadata raises depends on the version of Python
+        name, version = None, None
+    return name or point.value, version or "unknown"
 
 
 def _plain(name: str) -> str:
@@ -263,11 +267,15 @@ def _add(
 ) -> list[str]:
     """Enter a plugin's methods, those whose name is taken as ``distribution:name``; say which."""
     clashes = []
+    added: dict[tuple[Kind, str], Entry] = {}
     for kind, method in methods:
         name = method.name
         if (kind, name) in entries:
             owner = entries[kind, name].distribution
             name = f"{source}:{method.name}"
             clashes.append(f"the {kind} {method.name} is taken by {owner}; use {name}")
-        entries[kind, name] = Entry(kind, name, method, source, version)
+        if (kind, name) in entries:
+            raise PluginContractError(f"the {kind} {name} is taken too; no name is left for it")
+        added[kind, name] = Entry(kind, name, method, source, version)
+    entries.update(added)
     return clashes

@@ -50,7 +50,7 @@ def _check_version(plugin: object) -> None:
         or not all(type(number) is int and number >= 0 for number in stated)
     ):
         raise PluginContractError(
-            f"PRUFED_API is {stated!r}, not (major, minor) like {API_VERSION}"
+            f"PRUFED_API is {_described(stated)}, not (major, minor) like {API_VERSION}"
         )
     ours = ".".join(map(str, API_VERSION))
     if stated[0] != API_VERSION[0] or stated[1] > API_VERSION[1]:
@@ -97,28 +97,32 @@ def _announced(manager: PluginManager, kind: Kind) -> Iterator[Method]:
 
 
 def _check_method(hook: str, method: object) -> None:
-    from pydantic import BaseModel
-
     if not isinstance(method, Method):
         raise PluginContractError(f"{hook} yielded {_described(method)}, not a Method")
     if not isinstance(method.name, str) or not _NAME.fullmatch(method.name):
         raise PluginContractError(
-            f"{hook}: the name {method.name!r} is not lower-case words and hyphens"
+            f"{hook}: the name {_described(method.name)} is not lower-case words and hyphens"
         )
+    for problem in _problems(method):
+        raise PluginContractError(f"{method.name}: {problem}")
+
+
+def _problems(method: Method) -> Iterator[str]:
+    from pydantic import BaseModel
+
     if not isinstance(method.target, str) or not _TARGET.fullmatch(method.target):
-        raise PluginContractError(
-            f"{method.name}: the target {method.target!r} is not package.module:Class"
-        )
+        yield f"the target {_described(method.target)} is not package.module:Class"
+    if not isinstance(method.summary, str) or len(method.summary.splitlines()) != 1:
+        yield f"the summary {_described(method.summary)} is not one line of text"
+    if not isinstance(method.requires, tuple) or not all(
+        isinstance(name, str) for name in method.requires
+    ):
+        yield f"requires is {_described(method.requires)}, not a tuple of distributions"
     model = method.params
     if not (isinstance(model, type) and issubclass(model, BaseModel)):
-        raise PluginContractError(
-            f"{method.name}: params is {_described(model)}, not a pydantic model"
-        )
-    config = model.model_config
-    if not config.get("frozen") or config.get("extra") != "forbid":
-        raise PluginContractError(
-            f'{method.name}: params {model.__name__} must have frozen=True and extra="forbid"'
-        )
+        yield f"params is {_described(model)}, not a pydantic model"
+    elif not model.model_config.get("frozen") or model.model_config.get("extra") != "forbid":
+        yield f'params {model.__name__} must have frozen=True and extra="forbid"'
 
 
 def _check_distinct(methods: list[tuple[Kind, Method]]) -> None:
@@ -137,7 +141,10 @@ def reason(error: BaseException) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # an exception of somebody else's that cannot even be printed
+        text = "(it cannot say why)"
     return text if len(text) <= 300 else text[:299] + "…"
 
 

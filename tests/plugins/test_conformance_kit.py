@@ -49,7 +49,7 @@ class Greedy(Sampler):
 
 class Global(Sampler):
     def sample(self, round_index: int, clients: Sequence[ClientInfo], seed: int) -> Any:
-        return [random.choice(clients).name]
+        return random.sample([client.name for client in clients], len(clients))
 
 
 class Counting(Sampler):

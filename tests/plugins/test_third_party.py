@@ -146,6 +146,32 @@ BROKEN = {
         """,
         "aimless: the target 'nowhere' is not package.module:Class",
     ),
+    "requires-text": (
+        """
+        @hookimpl
+        def prufed_samplers():
+            yield method("worded", requires="flwr")
+        """,
+        "worded: requires is 'flwr', not a tuple of distributions",
+    ),
+    "summary-of-two-lines": (
+        """
+        @hookimpl
+        def prufed_samplers():
+            yield Method("chatty", "nowhere:Nothing", NoParams, "one\\ntwo")
+        """,
+        "chatty: the summary 'one\\ntwo' is not one line of text",
+    ),
+    "unprintable-error": (
+        """
+        class Silent(Exception):
+            def __str__(self):
+                raise ValueError
+
+        raise Silent
+        """,
+        "Silent: (it cannot say why)",
+    ),
     "same-twice": (
         """
         @hookimpl
