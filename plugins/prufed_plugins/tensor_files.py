@@ -7,6 +7,7 @@ clients wants neither, so the header is parsed once and each access reads its ow
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -73,9 +74,7 @@ class TensorFile(Mapping[str, Tensor]):
         begin, end = entry["data_offsets"]
         data = torch.empty(end - begin, dtype=torch.uint8)
         try:
-            with self._path.open("rb", buffering=0) as file:
-                file.seek(self._start + begin)
-                _fill(data.numpy().data, file)
+            _read_into(data.numpy().data, self._path, self._start + begin)
         except OSError as error:
             raise MethodError(
                 f"cannot read {name} from {self._path}: {error}", "make the adapter again"
@@ -98,10 +97,12 @@ def _read_header(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     return _LENGTH_BYTES + length, header
 
 
-def _fill(view: memoryview, file: Any) -> None:
-    """Read exactly ``len(view)`` bytes; one read returns at most 2 GiB."""
-    while view:
-        count = file.readinto(view)
-        if not count:
-            raise OSError(f"{len(view)} bytes are missing at the end of the file")
-        view = view[count:]
+def _read_into(view: memoryview, path: Path, offset: int) -> None:
+    """Fill ``view`` from the file; one read returns at most 2 GiB."""
+    with io.FileIO(path) as file:
+        file.seek(offset)
+        while view:
+            count = file.readinto(view)
+            if not count:
+                raise OSError(f"{len(view)} bytes are missing at the end of the file")
+            view = view[count:]

@@ -11,6 +11,7 @@ common case pays one read, and a fault never leaves half a client in the result.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -18,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from prufed_plugins.aggregators.validation import check_facts, in_order, load_part
+from prufed_plugins.aggregators.validation import check_facts, in_order, is_finite, load_part
 from prufed_plugins.api import Aggregator, GlobalState, Merged, Part, ServerOptimizer, Update
 from prufed_plugins.errors import MethodError, UpdateError
 from prufed_plugins.names import by_module, in_layers
@@ -75,7 +76,7 @@ def aggregate(
         try:
             for update in ordered:
                 check_facts(update, state, mixes_ranks=mixes_ranks)
-            merged = _merge(aggregator, ordered, state)
+            merged = _merge(aggregator, ordered, state, keep_coverage=optimizer is not None)
             break
         except UpdateError as error:
             if on_invalid == "raise" or error.client not in {u.client for u in ordered}:
@@ -83,17 +84,31 @@ def aggregate(
             faults = {error.client: error.message} | _faults(ordered, state, mixes_ranks)
         excluded |= faults
         ordered = [update for update in ordered if update.client not in faults]
-    return _finish(merged, ordered, state, optimizer, excluded)
+    tensors = merged.tensors if optimizer is None else _step(optimizer, merged, state)
+    return Aggregated(
+        replace(state, tensors=tensors), merged.diagnostics, dict(sorted(excluded.items()))
+    )
+
+
+@dataclass(frozen=True)
+class _Round:
+    """The merged tensors and the coverage by name, the diagnostics by module."""
+
+    tensors: dict[str, Tensor]
+    covered: dict[str, Tensor | None]
+    diagnostics: dict[str, dict[str, float]]
 
 
 def _merge(
-    aggregator: Aggregator, updates: Sequence[Update], state: GlobalState
-) -> dict[str, Merged]:
-    """Return the results by module, for the modules that any client has."""
-    if not updates:
-        return {}
-    aggregator.prepare(updates, state)
-    results = {}
+    aggregator: Aggregator, updates: Sequence[Update], state: GlobalState, *, keep_coverage: bool
+) -> _Round:
+    """Merge module by module, without the optimizer."""
+    # The new adapter is allocated at once and results are copied into it: kept tensors between
+    # freed ones would leave the heap in pieces, several adapters large.
+    tensors = {name: old.clone() for name, old in state.tensors.items()}
+    merged = _Round(tensors, {}, {})
+    if updates:
+        aggregator.prepare(updates, state)
     for module, names in by_module(state.tensors).items():
         holders = [update for update in updates if in_layers(module, update.kept_layers)]
         if not holders:
@@ -101,8 +116,42 @@ def _merge(
         current = {key: state.tensors[name] for key, name in names.items()}
         result = aggregator.merge(module, _Parts(holders, names, state), current)
         _check_result(aggregator, module, result, current)
-        results[module] = result
-    return results
+        for key, name in names.items():
+            tensors[name].copy_(result.tensors[key])
+            if keep_coverage:
+                given = key in result.covered
+                merged.covered[name] = result.covered[key] if given else _union(holders, name)
+        merged.diagnostics[module] = {
+            "clients": float(len(holders)),
+            "update_norm": _distance(result.tensors, current),
+            **result.diagnostics,
+        }
+    return merged
+
+
+def _step(optimizer: ServerOptimizer, merged: _Round, state: GlobalState) -> dict[str, Tensor]:
+    """Return the global tensors after the optimizer's step; what no client has stays."""
+    return {
+        name: optimizer.step(name, old, merged.tensors[name], merged.covered[name])
+        if name in merged.covered
+        else old
+        for name, old in state.tensors.items()
+    }
+
+
+def _distance(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> float:
+    """Return the Frobenius norm of the change of all tensors together."""
+    return math.hypot(*(float(torch.dist(new[key].float(), old[key].float())) for key in old))
+
+
+def _union(updates: Sequence[Update], name: str) -> Tensor | None:
+    """Return where any of the clients has an entry; None where that is every entry."""
+    union: Tensor | None = None
+    for update in updates:
+        if update.masks is None or name not in update.masks:
+            return None
+        union = update.masks[name] if union is None else union | update.masks[name]
+    return union
 
 
 @dataclass(frozen=True)
@@ -149,48 +198,5 @@ def _check_result(
                 f"not {old.dtype} of shape {list(old.shape)}",
                 hint,
             )
-        if not bool(new.isfinite().all()):
+        if not is_finite(new):
             raise MethodError(f"{method} returned NaN or infinity in {module}.{key}", hint)
-
-
-def _finish(
-    merged: Mapping[str, Merged],
-    updates: Sequence[Update],
-    state: GlobalState,
-    optimizer: ServerOptimizer | None,
-    excluded: dict[str, str],
-) -> Aggregated:
-    """Take the optimizer's steps and put the new state together."""
-    tensors = dict(state.tensors)
-    diagnostics: dict[str, dict[str, float]] = {}
-    for module, names in by_module(state.tensors).items():
-        if module not in merged:
-            continue
-        result = merged[module]
-        squares = 0.0
-        for key, name in names.items():
-            old, new = state.tensors[name], result.tensors[key]
-            if optimizer is not None:
-                covered = result.covered[key] if key in result.covered else _union(updates, name)
-                new = optimizer.step(name, old, new, covered)
-            tensors[name] = new
-            squares += float(torch.linalg.vector_norm(new.double() - old.double())) ** 2
-        clients = sum(in_layers(module, update.kept_layers) for update in updates)
-        diagnostics[module] = {
-            "clients": float(clients),
-            "update_norm": squares**0.5,
-            **result.diagnostics,
-        }
-    return Aggregated(replace(state, tensors=tensors), diagnostics, excluded)
-
-
-def _union(updates: Sequence[Update], name: str) -> Tensor | None:
-    """Return where any client has an entry; None where that is every entry."""
-    union: Tensor | None = None
-    for update in updates:
-        if not in_layers(name, update.kept_layers):
-            continue
-        if update.masks is None or name not in update.masks:
-            return None
-        union = update.masks[name] if union is None else union | update.masks[name]
-    return union

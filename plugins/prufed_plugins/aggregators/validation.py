@@ -82,6 +82,11 @@ def load_part(update: Update, names: Mapping[str, str], state: GlobalState) -> P
     return Part(update.client, tensors, masks, update.samples, update.weight, update.rank)
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether no entry is NaN or infinite: both survive a sum, which takes one fast pass."""
+    return math.isfinite(tensor.sum()) or bool(tensor.isfinite().all())
+
+
 def _check_numbers(update: Update) -> None:
     for what, value in (
         ("samples", update.samples),
@@ -147,12 +152,12 @@ def _finite(client: str, name: str, tensor: Tensor, mask: Tensor | None) -> Tens
             f"not bool of shape {list(tensor.shape)}",
             _SAME_RUN,
         )
-    if bool(tensor.sum().isfinite()):  # one fast pass: NaN and infinity survive a sum
+    if is_finite(tensor):
         return tensor
     if mask is not None:
         tensor = select(tensor, mask)
-    bad = int((~tensor.isfinite()).sum())
-    if bad:
+    if not is_finite(tensor):
+        bad = int((~tensor.isfinite()).sum())
         raise UpdateError(
             client,
             f"{name} has {bad} entries that are NaN or infinite",
