@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prufed_cli.errors import USAGE, PrufedError
+from prufed_cli.model_card import licence, render_card
 from prufed_cli.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -414,12 +415,14 @@ def _card(request: PruneRequest, base: Artifact, details: Mapping[str, Any]) -> 
     else:
         removed = f"it keeps the decoder layers {details['kept_layers']} of its base"
         speed = "Fewer layers make it smaller and faster in proportion."
-    return (
-        "---\n"
-        "library_name: transformers\n"
-        "tags: [prufed, pruned]\n"
-        "---\n\n"
+    metadata = {
+        "library_name": "transformers",
+        "tags": ["prufed", "pruned"],
+        **licence(base.path),
+    }
+    return render_card(
+        metadata,
         f"# {base.name}, pruned with {request.method}\n\n"
         f"A sub-model of `{base.ref}` ({base.digest}): {removed}. {speed}\n\n"
-        "`prufed.json` holds the recipe, the parents' digests and the digest of every file.\n"
+        "`prufed.json` holds the recipe, the parents' digests and the digest of every file.",
     )

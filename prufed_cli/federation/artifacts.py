@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from torch import Tensor
 
 from prufed_cli.environment import versions
+from prufed_cli.model_card import licence, render_card
 from prufed_cli.models.adapter_files import WEIGHTS_FILE, load_adapter, save_adapter
 from prufed_cli.models.adapters import AdapterSpec
 from prufed_cli.models.layer_names import to_global
@@ -151,27 +152,25 @@ def client_card(client: Client) -> str:
     """Return the model card of a client's adapter."""
     spec = client.spec
     masked = (
-        "Its update is masked by the base's own mask; PEFT applies it unmasked, so merge it with "
-        "`prufed export --merge` to keep the base's sparsity.\n\n"
+        "\n\nIts update is masked by the base's own mask; PEFT applies it unmasked, so merge it "
+        "with `prufed export --merge` to keep the base's sparsity."
         if spec.product_mask and client.sparsity > 0
         else ""
     )
-    return (
-        "---\nlibrary_name: peft\ntags: [prufed, lora]\n---\n\n"
+    return render_card(
+        {"library_name": "peft", "tags": ["lora", "prufed"], **licence(client.base.path)},
         f"# LoRA adapter of client {client.name}\n\n"
         f"Rank {spec.r}, scaling {spec.scaling:g}, preset {spec.preset}, trained on "
-        f"{len(client.plan.rows)} rows over `{client.base.ref}` ({client.base.digest}).\n\n"
-        f"{masked}"
-        "`prufed.json` holds recipe, lineage and digests.\n"
+        f"{len(client.plan.rows)} rows over `{client.base.ref}` ({client.base.digest}).{masked}",
     )
 
 
 def global_card(full: Artifact, spec: AdapterSpec) -> str:
     """Return the model card of a global adapter."""
-    return (
-        "---\nlibrary_name: peft\ntags: [prufed, lora, federated-learning]\n---\n\n"
+    tags = ["federated-learning", "lora", "prufed"]
+    return render_card(
+        {"library_name": "peft", "tags": tags, **licence(full.path)},
         "# Global LoRA adapter\n\n"
         f"Rank {spec.r}, scaling {spec.scaling:g}, merged from the adapters of clients with "
-        f"sub-models of `{full.ref}` ({full.digest}).\n\n"
-        "`prufed.json` holds recipe, lineage and digests.\n"
+        f"sub-models of `{full.ref}` ({full.digest}).",
     )

@@ -228,17 +228,11 @@ def _commit(
             raise
     # This Hub does not speak Xet. Files given as open objects go over LFS.
     with ExitStack() as stack:
-        return send(
-            [
-                CommitOperationAdd(
-                    path,
-                    content
-                    if isinstance(content, bytes)
-                    else stack.enter_context(content.open("rb")),
-                )
-                for path, content in sorted(files.items())
-            ]
-        )
+        opened = {
+            path: content if isinstance(content, bytes) else stack.enter_context(content.open("rb"))
+            for path, content in files.items()
+        }
+        return send([CommitOperationAdd(path, opened[path]) for path in sorted(opened)])
 
 
 def _plain(content: Content) -> str | bytes:
