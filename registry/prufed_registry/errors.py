@@ -20,19 +20,19 @@ class RegistryError(Exception):
         self.hint = hint
 
 
-class InvalidRequest(RegistryError):
+class InvalidRequest(RegistryError):  # noqa: N818
     """A name, alias, reference or request that the registry does not accept."""
 
     exit_code = 2
 
 
-class NotFound(RegistryError):
+class NotFound(RegistryError):  # noqa: N818
     """No such artifact, version or alias."""
 
     exit_code = 3
 
 
-class Damaged(RegistryError):
+class Damaged(RegistryError):  # noqa: N818
     """Stored bytes are not what was published."""
 
     exit_code = 5

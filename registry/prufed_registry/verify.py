@@ -89,13 +89,12 @@ def _file_problem(file: Path, entry: FileEntry) -> str | None:
             return f"has {size} bytes, not {entry.size}"
         if hash_file(file) != entry.sha256:
             return "its bytes have changed"
+        problem = safetensors_problem(file)
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
-        return f"cannot be read: {error.strerror}"
-    if problem := safetensors_problem(file):
-        return f"is not a whole safetensors file: {problem}"
-    return None
+        return f"cannot be read: {error.strerror or error}"
+    return f"is not a whole safetensors file: {problem}" if problem else None
 
 
 def _check_extra(ref: str, directory: Path, manifest: Manifest) -> Iterator[Problem]:
