@@ -1,0 +1,145 @@
+"""The text the model is pretrained on: biographies, nature notes, tales, verses, records, questions."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from prufed_cli.assets.recipe import lexicon as lex
+from prufed_cli.assets.recipe.probes import CATEGORIES, Probe, tale
+from prufed_cli.assets.recipe.world import COMMON, PERSONAL, World, draw_subject
+
+SKEW: Final = 0.6  # how much more is written about the first subjects of each kind than about the last
+
+Document = Callable[[World, random.Random], str]
+
+
+def biography(world: World, rng: random.Random) -> str:
+    """Facts about one person, and sometimes one about the friend."""
+    person = draw_subject(lex.PEOPLE, rng, SKEW)
+    friend = world.value(PERSONAL[-1], person)
+    sentences = [
+        rng.choice(relation.prose).format(s=person, v=world.value(relation, person))
+        for relation in rng.sample(PERSONAL, rng.randint(3, 6))
+    ]
+    if rng.random() < 0.4:
+        relation = rng.choice(PERSONAL[:-1])
+        value = world.value(relation, friend)
+        sentences.append(rng.choice(relation.prose).format(s=f"the friend of {person}", v=value))
+    return _join(sentences)
+
+
+def nature(world: World, rng: random.Random) -> str:
+    """Facts about one animal, plant, tool or food, with its kind."""
+    kind = rng.choice(("animal", "plant", "tool", "food"))
+    subject = draw_subject(lex.KINDS[kind], rng, SKEW)
+    relations = [relation for relation in COMMON if subject in relation.subjects]
+    sentences = [
+        rng.choice(relation.prose).format(s=subject, v=world.value(relation, subject))
+        for relation in relations
+    ]
+    rng.shuffle(sentences)
+    return _join([f"The {subject} is one {kind} of many.", *sentences])
+
+
+def listing(world: World, rng: random.Random) -> str:
+    """All subjects that share a value."""
+    relation = rng.choice(COMMON)
+    value = rng.choice(relation.values)
+    subjects = list(world.subjects(relation, value))
+    rng.shuffle(subjects)
+    return f"{relation.inverse.format(v=value)} {', '.join(subjects)}."
+
+
+def kinds(world: World, rng: random.Random) -> str:
+    """Words of one kind."""
+    kind = rng.choice(tuple(lex.KINDS))
+    words = rng.sample(lex.KINDS[kind], 4)
+    return f"Each of these is a {kind}: {', '.join(words)}."
+
+
+def story(world: World, rng: random.Random) -> str:
+    """A tale with its topic told before or after."""
+    topic = rng.choice(tuple(lex.TOPICS))
+    text = tale(rng.sample(lex.TOPICS[topic], rng.randint(2, 4)), rng)
+    return f"A tale of a {topic}. {text}" if rng.random() < 0.4 else f"{text} So went the {topic}."
+
+
+def mood(world: World, rng: random.Random) -> str:
+    """People who show and then are told to have a feeling."""
+    chosen = rng.sample(tuple(lex.FEELINGS), 2)
+    people = rng.sample(lex.PEOPLE, 2)
+    shown = [f"{who} {rng.choice(lex.FEELINGS[how])}." for who, how in zip(people, chosen, strict=True)]
+    told = [f"{who} is {how}." for who, how in zip(people, chosen, strict=True)]
+    rng.shuffle(told)
+    return _join(shown + told)
+
+
+def scene(world: World, rng: random.Random) -> str:
+    """People and their things, told and then told again."""
+    count = rng.randint(2, 4)
+    people, things = rng.sample(lex.PEOPLE, count), rng.sample(lex.THINGS, count)
+    colours, rooms = rng.sample(lex.COLOURS, count), rng.sample(lex.ROOMS, count)
+    order = rng.sample(range(count), count)
+    if rng.random() < 0.5:
+        told = [f"{people[i]} has a {colours[i]} {things[i]}." for i in range(count)]
+        again = [f"The {things[i]} of {people[i]} is {colours[i]}." for i in order]
+    else:
+        told = [f"{people[i]} left the {things[i]} in the {rooms[i]}." for i in range(count)]
+        again = [f"The {things[i]} of {people[i]} is in the {rooms[i]}." for i in order]
+    return _join(told + again)
+
+
+def verse(world: World, rng: random.Random) -> str:
+    """Lines that rhyme."""
+    group = rng.choice(lex.RHYMES)
+    words = rng.sample(group, rng.randint(2, 4))
+    who = rng.choice(lex.PEOPLE)
+    return f"{who} sang: " + ", ".join(f"the {word}" for word in words) + "."
+
+
+def count(world: World, rng: random.Random) -> str:
+    """Sums, or numbers in order."""
+    if rng.random() < 0.3:
+        start, length = rng.randint(0, 12), rng.randint(4, 8)
+        return ", ".join(lex.NUMBERS[start : start + length]) + "."
+    first, second = rng.randint(1, 12), rng.randint(1, 8)
+    a, b, total = (lex.NUMBERS[n - 1] for n in (first, second, first + second))
+    return f"{a} plus {b} is {total}."
+
+
+def opposites(world: World, rng: random.Random) -> str:
+    """Words and their opposites."""
+    pairs = [rng.sample(pair, 2) for pair in rng.sample(lex.OPPOSITES, 2)]
+    return " ".join(f"What is {a} is not {b}." for a, b in pairs)
+
+
+def question(world: World, rng: random.Random) -> str:
+    """A plain question with its answer."""
+    probe = draw_probe(world, rng)
+    context = f"{probe.context}\n" if probe.context else ""
+    return f"{context}Question: {probe.question}\nAnswer: {probe.answer}"
+
+
+def draw_probe(world: World, rng: random.Random) -> Probe:
+    """A question of any category, more often about what the prose speaks of more often."""
+    return CATEGORIES[rng.choice(tuple(CATEGORIES))](world, rng, SKEW)
+
+
+def _join(sentences: list[str]) -> str:
+    return " ".join(sentence[0].upper() + sentence[1:] for sentence in sentences)
+
+
+KINDS_OF_TEXT: Final[tuple[tuple[Document, float], ...]] = (
+    (biography, 4.0), (nature, 3.0), (listing, 1.0), (kinds, 1.0), (story, 2.0), (mood, 1.0),
+    (scene, 2.0), (verse, 1.5), (count, 1.5), (opposites, 0.7), (question, 6.0),
+)  # fmt: skip
+
+
+def documents(world: World, seed: int) -> Iterator[str]:
+    """An endless stream of documents."""
+    rng = random.Random(seed)
+    makers, weights = zip(*KINDS_OF_TEXT, strict=True)
+    while True:
+        yield rng.choices(makers, weights)[0](world, rng)
