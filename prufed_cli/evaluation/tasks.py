@@ -1,8 +1,8 @@
 """Find lm-eval tasks by name and build them once.
 
 lm-eval's own index of thousands of YAML files takes more than ten seconds to read, so a name is
-looked for in the directory given, among the embedded tasks, then in lm-eval's directory of that
-name, and only then in the whole index.
+looked for in the directory given, among the embedded tasks, in lm-eval's directory of that name,
+and in a catalogue of lm-eval's names; the whole index is read only for its tags and groups.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from prufed_cli.errors import NOT_FOUND, USAGE, PrufedError
+from prufed_cli.evaluation.catalogue import own_names
 from prufed_cli.evaluation.documents import data_files, file_digest, overrides
 from prufed_cli.evaluation.session import contained
 from prufed_cli.home import home
@@ -158,17 +159,21 @@ class _Directories:
             PrufedError: none does.
         """
         known: list[str] = []
-        for directory in self._candidates(name):
+        for directory in self._near(name):
             manager = self._open(directory)
             if name in manager.task_index:
                 return manager
             known += manager.all_tasks
-        near = difflib.get_close_matches(name, known, n=3)
+        names = own_names()
+        if name in names:
+            return self._open(names[name])
+        near = difflib.get_close_matches(name, [*known, *names], n=3)
         where = f" in {self._include_path}" if self._include_path else ""
         hint = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists them all"
         raise PrufedError(f"no lm-eval task {name!r}{where}", hint, USAGE)
 
-    def _candidates(self, name: str) -> Iterator[Path | None]:
+    def _near(self, name: str) -> Iterator[Path]:
+        """Yield the directories that are quick to read."""
         from prufed_cli.assets import embedded_tasks
 
         if self._include_path is not None:
@@ -179,7 +184,6 @@ class _Directories:
         own = Path(lm_eval.tasks.__file__).parent / name
         if re.fullmatch(r"\w[\w.-]*", name) and own.is_dir():
             yield own
-        yield None
 
     def _open(self, directory: Path | None) -> Any:
         """Return a manager of one directory's tasks, or of all that lm-eval brings."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
 
 from prufed_cli.errors import NOT_FOUND, USAGE, PrufedError
 from prufed_cli.evaluation import find_tasks
+from prufed_cli.evaluation.catalogue import own_names
 from tests.evaluation.conftest import make_rows, write_task
 
 
@@ -17,11 +17,11 @@ def digest_of(directory: Path, name: str = "letters", **settings: int) -> str:
     return find_tasks([name], include_path=directory, **settings).leaves[name].digest
 
 
-def test_a_local_name_is_found_without_reading_lm_evals_index(task_directory):
-    find_tasks(["letters"], include_path=task_directory)
-    started = time.perf_counter()
-    find_tasks(["letters", "words"], include_path=task_directory)
-    assert time.perf_counter() - started < 2
+def test_a_local_name_is_found_without_reading_lm_evals_files(task_directory):
+    before = own_names.cache_info()
+    found = find_tasks(["letters", "words", "both"], include_path=task_directory)
+    assert list(found.leaves) == ["letters", "words"]
+    assert own_names.cache_info() == before
 
 
 def test_a_name_of_lm_evals_own_is_found_in_its_directory(task_directory):
@@ -38,7 +38,18 @@ def test_a_name_of_lm_evals_own_is_found_in_its_directory(task_directory):
     assert notes == []
 
 
-@pytest.mark.slow
+def test_the_catalogue_knows_tasks_groups_and_tags():
+    names = own_names()
+    assert names["hellaswag"].name == "hellaswag"
+    assert names["arc_challenge"].name == "arc"
+    for elsewhere in ("mmlu", "super-glue-lm-eval-v1", "RC_tasks"):  # a group and two tags
+        assert names[elsewhere] is None
+
+
+def test_a_task_of_lm_evals_own_in_a_directory_of_another_name_is_found():
+    assert list(find_tasks(["arc_challenge"]).leaves) == ["arc_challenge"]
+
+
 def test_an_unknown_name_is_a_usage_error_that_names_near_ones(task_directory):
     with pytest.raises(PrufedError, match="no lm-eval task 'leters'") as caught:
         find_tasks(["leters"], include_path=task_directory)

@@ -11,7 +11,7 @@ from prufed_cli.errors import NOT_FOUND, USAGE, PrufedError
 from prufed_cli.evaluation import evaluate_model, measure_perplexity, read_text
 from tests.evaluation.conftest import make_model, make_tokenizer
 
-TEXT = "the quick brown fox jumps over the lazy dog, then sleeps under the old oak tree. " * 5
+TEXT = "the quick brown fox jumps over the lazy dog, then sleeps under the old oak tree. " * 2
 
 
 @pytest.fixture

@@ -106,7 +106,6 @@ def test_other_bytes_or_settings_are_measured(registry, task_directory, text, ch
     assert evaluate([reference], **settings).rows[0].cached
 
 
-@pytest.mark.slow
 def test_an_unknown_task_or_file_leaves_no_record(registry, task_directory, tmp_path):
     with pytest.raises(PrufedError, match="no lm-eval task"):
         evaluate(["dense"], tasks=["letters", "leters"], include_path=task_directory)
