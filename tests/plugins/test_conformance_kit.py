@@ -190,6 +190,7 @@ def test_require_names_every_broken_clause() -> None:
         check_sampler(Nobody).require()
 
 
+@pytest.mark.slow
 def test_there_is_a_kit_for_every_kind_that_a_run_calls() -> None:
     for kind, name in testing.KITS.items():
         assert callable(getattr(testing, name)), kind
