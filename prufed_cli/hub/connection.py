@@ -34,7 +34,7 @@ def check_repository(name: str) -> None:
         PrufedError: the name is not one the Hub takes.
     """
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils._validators import validate_repo_id
 
     try:
         validate_repo_id(name)
@@ -47,8 +47,10 @@ def check_repository(name: str) -> None:
 @contextmanager
 def hub_errors(what: str) -> Iterator[None]:
     """Turn the client's errors into one sentence each; tokens never appear in it."""
-    import httpx2 as http  # the client that huggingface_hub uses
     from huggingface_hub import errors
+
+    # The root of the errors of whatever HTTP client this huggingface_hub uses.
+    transport: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
 
     try:
         yield
@@ -72,7 +74,7 @@ def hub_errors(what: str) -> Iterator[None]:
         ) from error
     except errors.HfHubHTTPError as error:
         raise _from_status(what, error) from error
-    except (http.HTTPError, ConnectionError, TimeoutError) as error:
+    except (transport, ConnectionError, TimeoutError) as error:
         raise _unreachable(what) from error
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from prufed_cli.errors import FAILED, INTEGRITY, USAGE, PrufedError
 from prufed_cli.hub.card import model_card
@@ -215,11 +215,15 @@ def _commit(
     present = set(api.list_repo_files(repository, revision=head))
     stale = sorted(present - files.keys() - _KEPT)
     deletions = [CommitOperationDelete(path_in_repo=path) for path in stale]
-    message = {"commit_message": f"{artifact.ref} ({artifact.digest})", "parent_commit": head}
 
-    def send(additions: list[Any]) -> str:
-        operations = [*additions, *deletions]
-        return str(api.create_commit(repository, operations, **message).oid)
+    def send(additions: list[CommitOperationAdd]) -> str:
+        made = api.create_commit(
+            repository,
+            [*additions, *deletions],
+            commit_message=f"{artifact.ref} ({artifact.digest})",
+            parent_commit=head,
+        )
+        return str(made.oid)
 
     try:
         return send([CommitOperationAdd(path, _plain(files[path])) for path in sorted(files)])
