@@ -27,6 +27,18 @@ def _tune(
     return tuner.tune(model, data, seed, on_step, round_index=0, pad_token_id=0)
 
 
+def _random_adapter(base: nn.Module) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    return {
+        f"model.layers.{layer}.self_attn.q_proj.lora_{factor}.weight": torch.randn(
+            shape, generator=generator
+        )
+        / 4
+        for layer in range(2)
+        for factor, shape in (("A", (4, 32)), ("B", (32, 4)))
+    }
+
+
 def test_it_keeps_the_contract() -> None:
     check_tuner(lambda: LoraTuner(LoraParams(batch_size=8, weight_decay=0.1))).require()
 
@@ -81,35 +93,30 @@ def test_accumulation_is_one_big_batch(base: nn.Module, data: TrainingData) -> N
             torch.testing.assert_close(other.tensors[name], tensor, rtol=1e-4, atol=1e-6)
 
 
-def _random_adapter(base: nn.Module) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(4)
-    return {
-        f"model.layers.{layer}.self_attn.q_proj.lora_{factor}.weight": torch.randn(
-            shape, generator=generator
-        )
-        / 4
-        for layer in range(2)
-        for factor, shape in (("A", (4, 32)), ("B", (32, 4)))
-    }
-
-
-def test_the_mean_is_per_loss_token_and_not_per_row(base: nn.Module) -> None:
+def test_loss_and_gradient_are_means_over_loss_tokens(
+    base: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [5, 4]]
     data = TrainingData(input_ids=rows, labels=[[-100] * 2 + rows[0][2:], rows[1]])
-    with torch.no_grad():
-        per_row = []
+    gradients: dict[str, Tensor] = {}
+    with attach(base, adapter_spec("dense", r=4, dropout=0.0), _random_adapter(base)) as model:
+        summed = torch.zeros(())
         for row, labels in zip(data.input_ids, data.labels, strict=True):
             logits = base(input_ids=torch.tensor([row])).logits[0, :-1]
             target = torch.tensor(labels[1:])
-            per_row.append(nn.functional.cross_entropy(logits, target, reduction="sum"))
-    with attach(base, adapter_spec("dense", r=4, dropout=0.0), _random_zero(base)) as model:
-        result = _tune(model, data, micro_batch_size=1)
-    assert result.losses[0] == pytest.approx(float(sum(per_row)) / (7 + 1), rel=1e-5)
+            summed = summed + nn.functional.cross_entropy(logits, target, reduction="sum")
+        mean = summed / (7 + 1)
+        expected = torch.autograd.grad(mean, list(model.parameters.values()))
+
+        def step(self: torch.optim.AdamW, closure: Any = None) -> None:
+            gradients.update({n: p.grad.clone() for n, p in model.parameters.items()})
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", step)
+        result = _tune(model, data, micro_batch_size=1, max_grad_norm=1e6)
+    assert result.losses[0] == pytest.approx(mean.item(), rel=1e-5)
     assert result.tokens == 11
-
-
-def _random_zero(base: nn.Module) -> dict[str, Tensor]:
-    return {n: torch.zeros_like(t) if "_B" in n else t for n, t in _random_adapter(base).items()}
+    for found, wanted in zip(gradients.values(), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_the_same_seed_gives_the_same_bytes(base: nn.Module, data: TrainingData) -> None:
