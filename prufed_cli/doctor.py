@@ -197,7 +197,7 @@ def _hub() -> list[Finding]:
     from urllib.parse import urlsplit
 
     from huggingface_hub import constants, get_token
-    from huggingface_hub.utils._http import get_session
+    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
     host = urlsplit(constants.ENDPOINT).netloc
     signed_in = "signed in" if get_token() else "not signed in"

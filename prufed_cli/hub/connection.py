@@ -34,7 +34,7 @@ def check_repository(name: str) -> None:
         PrufedError: the name is not one the Hub takes.
     """
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._validators import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(name)

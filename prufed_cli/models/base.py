@@ -313,7 +313,7 @@ def quiet_transformers() -> None:
     """Keep transformers' and datasets' own bars and advice off the terminal."""
     import warnings
 
-    from huggingface_hub.utils.tqdm import disable_progress_bars
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
     from transformers.utils import logging
 
     logging.set_verbosity_error()
