@@ -81,6 +81,9 @@ class TensorFile(Mapping[str, Tensor]):
             ) from error
         return data.view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 

@@ -19,7 +19,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from prufed_plugins.aggregators.validation import check_facts, in_order, is_finite, load_part
+from prufed_plugins.aggregators.validation import (
+    check_facts,
+    in_order,
+    is_finite,
+    load_part,
+    read_mask,
+)
 from prufed_plugins.api import Aggregator, GlobalState, Merged, Part, ServerOptimizer, Update
 from prufed_plugins.errors import MethodError, UpdateError
 from prufed_plugins.names import by_module, in_layers
@@ -148,9 +154,10 @@ def _union(updates: Sequence[Update], name: str) -> Tensor | None:
     """Return where any of the clients has an entry; None where that is every entry."""
     union: Tensor | None = None
     for update in updates:
-        if update.masks is None or name not in update.masks:
+        mask = read_mask(update, name)
+        if mask is None:
             return None
-        union = update.masks[name] if union is None else union | update.masks[name]
+        union = mask if union is None else union | mask
     return union
 
 

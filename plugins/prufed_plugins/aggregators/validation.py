@@ -75,7 +75,7 @@ def load_part(update: Update, names: Mapping[str, str], state: GlobalState) -> P
     masks: dict[str, Tensor | None] = {}
     factor = math.sqrt(update.scaling / state.scaling)
     for key, name in names.items():
-        mask = _read_mask(update, name)
+        mask = read_mask(update, name)
         tensor = _finite(update.client, name, _read_tensor(update, name, state), mask)
         tensors[key] = tensor if factor == 1.0 else tensor * factor
         masks[key] = mask
@@ -133,14 +133,18 @@ def _read_tensor(update: Update, name: str, state: GlobalState) -> Tensor:
     return as_float(tensor.detach().cpu())
 
 
-def _read_mask(update: Update, name: str) -> Tensor | None:
-    if update.masks is None or name not in update.masks:
-        return None
+def read_mask(update: Update, name: str) -> Tensor | None:
+    """Return a client's mask of one tensor; None where it has every entry.
+
+    Raises:
+        UpdateError: the mask cannot be read.
+    """
     try:
-        mask = update.masks[name]
+        return update.masks[name].detach().cpu() if update.masks is not None else None
+    except KeyError:  # not asked for with ``in`` before: that may read a file twice
+        return None
     except MethodError as error:
         raise UpdateError(update.client, error.message, error.hint) from error
-    return mask.detach().cpu()
 
 
 def _finite(client: str, name: str, tensor: Tensor, mask: Tensor | None) -> Tensor:
