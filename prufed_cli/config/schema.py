@@ -44,7 +44,7 @@ def json_schema() -> dict[str, Any]:
         definitions[model.__name__] = _section(definitions[model.__name__], model, entries)
         for entry in entries:
             definitions.update(_parameter_definitions(entry))
-    return {"$schema": DIALECT, "title": "clients.yaml", **schema}
+    return {"$schema": DIALECT, **schema, "title": "clients.yaml"}
 
 
 def _section(

@@ -39,7 +39,7 @@ tuner:
   epochs: 1
   batch_size: 64
   micro_batch_size: 8
-  lr: 3e-4
+  lr: 2e-3                      # for the embedded model; 3e-4 suits a large one
   cutoff: 512                   # tokens per row
   template: alpaca              # alpaca, chat, plain
   train_on: all                 # all tokens carry loss, or only the response's
@@ -72,7 +72,7 @@ clients:
   - {name: server}
   - {name: desktop, sparsity: 0.25}
   - {name: laptop, sparsity: 0.5}
-  - {name: phone, sparsity: 0.75, tuner: {lr: 1e-3}}
+  - {name: phone, sparsity: 0.75, tuner: {lr: 4e-3}}
   # - {name: tablet, pattern: 2:4, data: tablet.jsonl}
   # - {name: edge, keep_layers: 6, pruner: {name: symmetric}, adapter: {r: 8}}
   # - {name: old, base: my-model-sparsegpt-50@v3, weight: 0.5}
