@@ -16,7 +16,7 @@ from prufed_plugins.discover import build
 from prufed_plugins.errors import MethodError
 from prufed_plugins.pruners.hessian import InputNorms
 from prufed_plugins.pruners.selection import smallest
-from prufed_plugins.pruners.sequential import InputCollector
+from prufed_plugins.pruners.sequential import Choice, InputCollector, write
 from prufed_plugins.testing.pruner import TinyDecoder, tokens
 
 HALF = PruneTarget(sparsity=0.5)
@@ -152,6 +152,21 @@ def test_activations_that_are_not_finite_name_the_block(
     llama.model.layers[2].post_attention_layernorm.weight.data[3] = value
     with pytest.raises(MethodError, match="block 2 are not finite"):
         prune(llama, "wanda", ids)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_a_damaged_weight_names_its_matrix(method: str) -> None:
+    decoder = TinyDecoder()
+    decoder.blocks[1].down.weight.data[2, 3] = float("nan")
+    with pytest.raises(MethodError, match=r"model\.layers\.1\.down\.weight holds NaN"):
+        list(build("pruner", method, {}).prune(decoder, tokens(), HALF, lambda *_: None))
+
+
+def test_an_update_that_overflows_its_dtype_names_its_matrix() -> None:
+    layer = torch.nn.Linear(2, 2, dtype=torch.float16)
+    choice = Choice(torch.zeros(2, 2, dtype=torch.bool), torch.full((2, 2), 1e6))
+    with pytest.raises(MethodError, match=r"layer is too large for torch\.float16"):
+        write("layer", layer, choice, 0.0)
 
 
 @pytest.mark.parametrize(

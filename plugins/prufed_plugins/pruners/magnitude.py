@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from prufed_plugins.pruners.selection import pruned_count, smallest, smallest_of_groups
-from prufed_plugins.pruners.sequential import Choice, as_matrix, check_matrices, write
+from prufed_plugins.pruners.sequential import (
+    Choice,
+    as_matrix,
+    check_matrices,
+    float_matrix,
+    write,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +52,7 @@ class Magnitude:
         for index in range(total):
             for name, module in decoder.linears(index).items():
                 started = time.perf_counter()
-                choice = Choice(select(as_matrix(module).float().abs()))
+                choice = Choice(select(float_matrix(name, module).abs()))
                 yield write(name, module, choice, time.perf_counter() - started)
             progress("block", index + 1, total)
 

@@ -127,9 +127,10 @@ class CalibratedPruner(Generic[S]):
         self, name: str, module: nn.Module, statistic: S, target: PruneTarget
     ) -> PrunedMatrix:
         started = time.perf_counter()
+        matrix = float_matrix(name, module)
         try:
             with torch.no_grad():
-                choice = self._choose(as_matrix(module).float(), statistic, target)
+                choice = self._choose(matrix, statistic, target)
         except MethodError as error:
             raise MethodError(f"{name}: {error.message}", error.hint) from error
         return write(name, module, choice, time.perf_counter() - started)
@@ -211,6 +212,20 @@ def as_matrix(module: nn.Module) -> Tensor:
     return weight if isinstance(module, nn.Linear) else weight.t()
 
 
+def float_matrix(name: str, module: nn.Module) -> Tensor:
+    """Return a linear module's weight as float32 (outputs, inputs).
+
+    Raises:
+        MethodError: it holds NaN or infinity.
+    """
+    matrix = as_matrix(module).float()
+    if not bool(torch.isfinite(matrix).all()):
+        raise MethodError(
+            f"{name}.weight holds NaN or infinity", "load the base again; its checkpoint is damaged"
+        )
+    return matrix
+
+
 def write(name: str, module: nn.Module, choice: Choice, seconds: float) -> PrunedMatrix:
     """Write a choice into a module and return it in the parameter's own layout and dtype.
 
@@ -219,11 +234,18 @@ def write(name: str, module: nn.Module, choice: Choice, seconds: float) -> Prune
         module: the linear module; its weight is changed in place.
         choice: what to prune and what the kept entries become.
         seconds: time spent on the matrix, for the report.
+
+    Raises:
+        MethodError: an updated weight is too large for the module's dtype.
     """
     matrix = as_matrix(module)
     if choice.weight is not None:
         matrix.copy_(choice.weight)
     matrix.masked_fill_(choice.pruned, 0.0)
+    if not bool(torch.isfinite(matrix).all()):
+        raise MethodError(
+            f"an updated weight of {name} is too large for {matrix.dtype}", "use --dtype float32"
+        )
     kept = ~choice.pruned
     report = {
         "sparsity": float(choice.pruned.sum()) / choice.pruned.numel(),
