@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from hypothesis import assume, event, given
+from hypothesis import settings as budget
 from hypothesis import strategies as st
 
 from prufed_plugins.api import Partitioner
@@ -17,6 +18,7 @@ from prufed_plugins.discover import build, catalog
 from prufed_plugins.errors import MethodError
 from prufed_plugins.testing import check_partitioner
 
+some = budget(max_examples=60, deadline=None)
 NAMES = [entry.name for entry in catalog().methods("partitioner")]
 NEED_CATEGORIES = [name for name in NAMES if name != "iid"]
 categories = st.lists(st.sampled_from(["qa", "zoo", "art", "code", "éa"]), max_size=120)
@@ -39,6 +41,7 @@ def test_conforms(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@some
 @given(rows=categories, count=counts, seed=seeds)
 def test_every_row_goes_to_one_client_and_every_client_has_one_or_it_is_refused(
     name: str, rows: list[str], count: int, seed: int
@@ -55,6 +58,7 @@ def test_every_row_goes_to_one_client_and_every_client_has_one_or_it_is_refused(
     assert all(part == sorted(part) for part in parts.values())
 
 
+@some
 @given(rows=categories, count=counts, seed=seeds)
 def test_iid_parts_differ_by_at_most_one_row(rows: list[str], count: int, seed: int) -> None:
     assume(len(rows) >= count)
@@ -62,6 +66,7 @@ def test_iid_parts_differ_by_at_most_one_row(rows: list[str], count: int, seed: 
     assert max(sizes) - min(sizes) <= 1
 
 
+@some
 @given(rows=categories, count=counts, seed=seeds)
 def test_stratified_parts_differ_by_at_most_one_row_of_any_category(
     rows: list[str], count: int, seed: int
@@ -94,6 +99,7 @@ def test_by_category_with_more_clients_splits_the_largest_category() -> None:
     assert held == [{"art": 10}, {"qa": 10}, {"qa": 10}, {"qa": 10}, {"qa": 10}]
 
 
+@some
 @given(rows=categories, count=counts, seed=seeds)
 def test_by_category_never_mixes_where_clients_suffice(
     rows: list[str], count: int, seed: int
@@ -103,6 +109,7 @@ def test_by_category_never_mixes_where_clients_suffice(
     assert all(len({rows[row] for row in part}) == 1 for part in parts.values())
 
 
+@some
 @given(seed=seeds, per_client=st.integers(1, 4))
 def test_shards_hold_few_categories(seed: int, per_client: int) -> None:
     rows = [f"category-{row % 10}" for row in range(1000)]
@@ -128,6 +135,7 @@ def test_small_alpha_skews_and_large_alpha_does_not() -> None:
     assert skew(1e4) < 0.15
 
 
+@some
 @given(seed=seeds, alpha=st.floats(1e-3, 1e6), needed=st.integers(1, 20))
 def test_dirichlet_keeps_its_minimum_or_says_that_it_cannot(
     seed: int, alpha: float, needed: int

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as budget
 from hypothesis import strategies as st
 
 from prufed_plugins.api import ClientInfo, Sampler
 from prufed_plugins.discover import build, catalog
 from prufed_plugins.testing import check_sampler
 
+some = budget(max_examples=60, deadline=None)
 fractions = st.floats(min_value=0.01, max_value=1)
 seeds = st.integers(min_value=0, max_value=2**64 - 1)
 
@@ -50,6 +52,7 @@ def test_conforms(name: str, settings: dict[str, Any]) -> None:
         check_sampler(lambda: sampler(name, **settings)).require()
 
 
+@some
 @given(federations(), seeds, st.integers(0, 50))
 def test_all_takes_everybody_in_order(
     federation: list[ClientInfo], seed: int, round_index: int
@@ -58,6 +61,7 @@ def test_all_takes_everybody_in_order(
     assert sampler("all").sample(round_index, federation, seed) == names
 
 
+@some
 @given(st.integers(1, 60), fractions, seeds)
 def test_uniform_takes_a_share_of_different_clients(size: int, fraction: float, seed: int) -> None:
     federation = clients(size)
@@ -87,6 +91,7 @@ def test_a_fraction_is_rounded_down_and_never_to_nobody(
         assert len(sampler(name, fraction=fraction).sample(0, clients(size), 1)) == count
 
 
+@some
 @given(st.integers(1, 40), fractions, seeds)
 def test_sequential_goes_round_and_leaves_nobody_out(size: int, fraction: float, seed: int) -> None:
     federation, method = clients(size), sampler("sequential", fraction=fraction)
@@ -112,6 +117,7 @@ def test_by_depth_cycles_through_depths_the_deepest_first() -> None:
     assert rounds == [["c1"], ["c0", "c2"], ["c1"]]
 
 
+@some
 @given(federations(), fractions, seeds, st.sampled_from(["by-sparsity", "by-depth"]))
 def test_stratified_takes_a_share_of_every_tier(
     federation: list[ClientInfo], fraction: float, seed: int, name: str
@@ -128,6 +134,7 @@ def test_stratified_takes_a_share_of_every_tier(
         assert len(taken) == max(int(fraction * len(members) + 1e-9), 1)
 
 
+@some
 @given(federations(), fractions, seeds, st.integers(0, 20))
 def test_unstratified_takes_a_share_of_one_tier(
     federation: list[ClientInfo], fraction: float, seed: int, round_index: int

@@ -8,12 +8,15 @@ from typing import Any, Literal
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as budget
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from prufed_plugins.discover import build, catalog
 from prufed_plugins.errors import MethodError
 from prufed_plugins.settings import check_settings, parameters, parse_settings, validate
+
+some = budget(max_examples=60, deadline=None)
 
 
 class Example(BaseModel):
@@ -66,6 +69,7 @@ def test_values_are_plain_scalars_and_lists(text: str, value: Any) -> None:
     assert type(parsed) is type(value)
 
 
+@some
 @given(st.floats(allow_nan=False, allow_infinity=False), st.integers())
 def test_numbers_survive(real: float, whole: int) -> None:
     assert parse_settings([f"a={real!r}", f"b={whole}"]) == {"a": real, "b": whole}
