@@ -99,7 +99,7 @@ def score_tasks(
         return {}, None
     from lm_eval.evaluator import evaluate
 
-    from prufed_cli.evaluation.scorer import Scorer
+    from prufed_cli.evaluation.scorer import Scorer, tokenizer_digest
 
     embeddings = model.get_input_embeddings().weight.shape[0]
     started = time.perf_counter()
@@ -108,6 +108,7 @@ def score_tasks(
             model,
             tokenizer,
             batch_size=batch_size or _default_batch(model, embeddings),
+            encodings=tasks.encodings(tokenizer_digest(tokenizer)),
             reporter=reporter,
         )
         found = evaluate(

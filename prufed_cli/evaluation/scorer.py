@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from array import array
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.models.huggingface import HFLM
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
 Request = tuple[tuple[str, str], list[int], list[int]]
 """Texts of context and continuation, tokens of the context, tokens of the continuation."""
 
+Encodings = dict[tuple[str, str], tuple["array[int]", "array[int]"]]
+"""Context and continuation to their tokens."""
+
 
 class Scorer(HFLM):  # type: ignore[misc]
     """A causal language model that answers lm-eval's requests.
@@ -32,6 +37,7 @@ class Scorer(HFLM):  # type: ignore[misc]
         tokenizer: PreTrainedTokenizerBase,
         *,
         batch_size: int,
+        encodings: Encodings,
         reporter: Reporter = SILENT,
     ) -> None:
         super().__init__(
@@ -42,6 +48,7 @@ class Scorer(HFLM):  # type: ignore[misc]
             prefix_token_id=_prefix_token(model, tokenizer),
         )
         self.tokens_read = 0
+        self._encodings = encodings
         self._reporter = reporter
         self._progress = Task()
         self._answered = 0
@@ -62,6 +69,15 @@ class Scorer(HFLM):  # type: ignore[misc]
         """Return what the model writes after each context."""
         answers: list[str] = super().generate_until(requests, disable_tqdm=True)
         return answers
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Return the tokens of both parts; a text that was encoded before is not encoded again."""
+        key = (context, continuation)
+        if key not in self._encodings:
+            before, after = super()._encode_pair(context, continuation)
+            self._encodings[key] = array("q", before), array("q", after)
+        before, after = self._encodings[key]
+        return before.tolist(), after.tolist()
 
     def _model_call(self, inps: Tensor, *_: Any, **__: Any) -> Tensor:
         """Return the logits of a batch: (b, l) token ids to (b, l, v)."""
@@ -111,6 +127,18 @@ class Scorer(HFLM):  # type: ignore[misc]
                     ],
                     f"the model reads 1 to {self.max_length} tokens of it; check the task",
                 )
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return a digest of everything that decides a tokenizer's output; None where it is not known.
+
+    Two tokenizers loaded from copies of one file have the same digest.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    text = f"{type(tokenizer).__qualname__} {tokenizer.special_tokens_map} {backend.to_str()}"
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _prefix_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:

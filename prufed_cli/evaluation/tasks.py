@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from prufed_cli.errors import NOT_FOUND, USAGE, PrufedError
 from prufed_cli.evaluation.catalogue import own_names
@@ -22,6 +22,9 @@ from prufed_cli.evaluation.documents import data_files, file_digest, overrides
 from prufed_cli.evaluation.session import contained
 from prufed_cli.home import home
 from prufed_cli.progress import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from prufed_cli.evaluation.scorer import Encodings
 
 FEWSHOT_SEED: Final = 1234
 """lm-eval's own default."""
@@ -67,6 +70,16 @@ class TaskSet:
         self.limit = limit
         self.num_fewshot = num_fewshot
         self._built: dict[str, Any] = {}
+        self._encodings: tuple[str | None, Encodings] = (None, {})
+
+    def encodings(self, tokenizer: str | None) -> Encodings:
+        """Return the tokens of requests encoded by a tokenizer of this digest so far.
+
+        One tokenizer's are kept: a federation scores many models that share theirs.
+        """
+        if tokenizer is None or tokenizer != self._encodings[0]:
+            self._encodings = (tokenizer, {})
+        return self._encodings[1]
 
     def build(self, names: Sequence[str] | None = None) -> dict[str, Any]:
         """Return name to lm-eval task object, with its requests built.

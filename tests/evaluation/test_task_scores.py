@@ -67,6 +67,15 @@ def test_the_same_set_scores_two_models_on_the_same_requests(tokenizer, task_dir
     assert first.tasks != second.tasks
 
 
+def test_a_set_scores_models_of_different_tokenizers(model, tokenizer, task_directory):
+    found = find_tasks(["letters"], include_path=task_directory)
+    other = make_tokenizer(unk_token="<unk>")  # every character has another id
+    for each in (tokenizer, other, tokenizer):
+        plain, _ = expected_accuracy(model, each, task_directory / "letters.jsonl")
+        scores = evaluate_model(model, each, tasks=found)
+        assert list(scores.tasks["letters"].per_document["acc"]) == plain
+
+
 def test_few_shot_examples_are_part_of_the_context(model, tokenizer, task_directory):
     for shots in (0, 2):
         found = find_tasks(["letters"], include_path=task_directory, num_fewshot=shots)
