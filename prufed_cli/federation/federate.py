@@ -84,8 +84,13 @@ def federate(
     plan = make_plan(config or _load(clients), registry)
     run = start(plan, runs)
     reporter.note(f"run {run.id}")
-    with run.locked():
-        return _finish(prepare(run, plan, registry, reporter))
+    try:
+        with run.locked():
+            return _finish(prepare(run, plan, registry, reporter))
+    except BaseException:
+        if run.find("round") is None:
+            run.discard()  # nothing has been trained: a run that could not begin is not resumed
+        raise
 
 
 def set_values(config: FederationConfig, settings: Mapping[str, Any]) -> FederationConfig:

@@ -76,6 +76,10 @@ class Run:
         """Whether the last round is done."""
         return self.find("finished") is not None
 
+    def discard(self) -> None:
+        """Remove the run; its artifacts stay."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run against a second process.

@@ -26,6 +26,7 @@ from prufed_cli.federation.artifacts import (
 )
 from prufed_cli.federation.clients import Client, make_client, make_spec
 from prufed_cli.federation.local import Job, LocalEngine, Outcome
+from prufed_cli.federation.rehearsal import rehearse
 from prufed_cli.federation.scoring import Scoring, numbers
 from prufed_cli.federation.seeds import derive
 from prufed_cli.models.adapters import AdapterSpec, init_global, target_layers, target_shapes
@@ -90,13 +91,17 @@ class Federation:
             "aggregator", config.aggregator.name, config.aggregator.settings
         )
         infos = [client.info for client in self.clients.values()]
+        sampled = [
+            sampler.sample(index, infos, derive(config.seed, "sampler", index))
+            for index in range(config.rounds)
+        ]
+        rehearse(sampled, self.clients, aggregator, self.state)
         with self.reporter.task("rounds", total=config.rounds) as task:
-            for index in range(config.rounds):
+            for index, names in enumerate(sampled):
                 merged = self.run.find("merged", round=index)
                 if merged is not None:
                     self._adopt(merged)
                 else:
-                    names = sampler.sample(index, infos, derive(config.seed, "sampler", index))
                     self._round(index, names, aggregator)
                 self._evaluate(index)
                 task.advance()
@@ -108,11 +113,6 @@ class Federation:
         return self.newest
 
     def _round(self, index: int, names: Sequence[str], aggregator: Aggregator) -> None:
-        if not names:
-            raise PrufedError(
-                f"the sampler {self.plan.config.sampler.name} chose no client in round {index + 1}",
-                "raise the sampler's fraction",
-            )
         if self.run.find("round", round=index) is None:
             self.run.record("round", round=index, clients=list(names))
         done = self._tune(index, names)

@@ -15,6 +15,7 @@ from prufed_cli.federation.federate import FederateResult, federate, set_values
 from prufed_cli.federation.plan import make_plan
 from prufed_cli.main import main
 from prufed_cli.pruning import PruneRequest, prune
+from prufed_plugins.errors import MethodError
 from prufed_registry import Registry
 
 Document = dict[str, Any]
@@ -48,10 +49,18 @@ def test_too_few_clients_end_the_run(tmp_path: Path, configuration: Document) ->
     assert Registry(tmp_path / "registry").list("fed") == []
 
 
-def test_unequal_ranks_are_refused_by_name(tmp_path: Path, configuration: Document) -> None:
+def test_what_a_method_cannot_mix_is_refused_before_training(
+    tmp_path: Path, configuration: Document
+) -> None:
     odd = {"name": "odd", "adapter": {"r": 2}}
-    result = run(tmp_path, small(configuration, {"name": "even"}, odd))
-    assert set(result.run.find("merged")["excluded"]) == {"odd"}  # type: ignore[index]
+    with pytest.raises(MethodError, match="odd"):
+        run(tmp_path, small(configuration, {"name": "even"}, odd))
+    shallow = {"name": "shallow", "keep_layers": 2}
+    mixed = {**small(configuration, {"name": "deep"}, shallow), "aggregator": {"name": "fedavg"}}
+    with pytest.raises(MethodError, match="other layers"):
+        run(tmp_path / "depths", mixed)
+    assert Registry(tmp_path / "registry").list("fed.even") == []
+    assert list((tmp_path / "runs").iterdir()) == []
 
 
 def test_a_share_of_its_own_values_stays_with_the_client(
