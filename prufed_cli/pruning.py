@@ -104,13 +104,12 @@ def prune(
     registry = registry or open_registry()
     base = find_base(request.base, registry)
     reporter.note(f"base {base.ref}")
-    tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
     calibration = None
     if pruner.needs_calibration:
         with reporter.task("read calibration text"):
             calibration = calibration_batches(
                 request.calibration,
-                tokenizer,
+                load_tokenizer(base, trust_remote_code=trust_remote_code),
                 samples=request.samples,
                 length=request.length or _longest_sequence(base),
                 seed=request.seed,
@@ -223,7 +222,7 @@ def _recipe(request: PruneRequest, calibration: Calibration | None, dtype: str) 
     recipe: dict[str, Any] = {
         "command": "prune",
         "plugin": entry.method.name,
-        "plugin_distribution": entry.distribution,
+        "plugin_version": f"{entry.distribution} {entry.version}",
         "params": params.model_dump(mode="json"),
         "target": {
             "sparsity": request.sparsity,

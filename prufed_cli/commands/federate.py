@@ -48,9 +48,11 @@ def command(
     from prufed_cli.federation.plan import describe, make_plan
     from prufed_cli.home import open_registry
     from prufed_cli.output import emit_json, print_line, reporter
+    from prufed_cli.plugins_report import warn_failures
     from prufed_plugins.discover import parse_settings
 
     telling = reporter(quiet=quiet or as_json)
+    warn_failures(telling)
     if resume is not None:
         if clients is not None or settings:
             raise PrufedError(

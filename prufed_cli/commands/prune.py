@@ -59,6 +59,7 @@ def command(
     --set keep=N.
     """
     from prufed_cli.output import emit_json, print_line, reporter
+    from prufed_cli.plugins_report import warn_failures
     from prufed_cli.pruning import PruneRequest, prune
     from prufed_plugins.discover import parse_settings
 
@@ -76,6 +77,7 @@ def command(
         name=name,
     )
     telling = reporter(quiet=quiet or as_json)
+    warn_failures(telling)
     result = prune(
         request,
         device=device,
