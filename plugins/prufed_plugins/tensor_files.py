@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,6 +33,13 @@ _DTYPES: Final[Mapping[str, torch.dtype]] = {
     "BOOL": torch.bool,
 }
 _LENGTH_BYTES: Final = 8  # the header's length, little endian, comes first
+
+
+class _Entry(NamedTuple):
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int  # in bytes, after the header
+    end: int
 
 
 class TensorFile(Mapping[str, Tensor]):
@@ -66,12 +74,11 @@ class TensorFile(Mapping[str, Tensor]):
             KeyError: the file has no such tensor.
             MethodError: the file has become shorter or unreadable, or the dtype is not supported.
         """
-        entry = self._entries[name]
-        if entry["dtype"] not in _DTYPES:
+        dtype, shape, begin, end = self._entries[name]
+        if dtype not in _DTYPES:
             raise MethodError(
-                f"{name} in {self._path} has dtype {entry['dtype']}", "save it as F32, F16 or BF16"
+                f"{name} in {self._path} has dtype {dtype}", "save it as F32, F16 or BF16"
             )
-        begin, end = entry["data_offsets"]
         data = torch.empty(end - begin, dtype=torch.uint8)
         try:
             _read_into(data.numpy().data, self._path, self._start + begin)
@@ -79,7 +86,7 @@ class TensorFile(Mapping[str, Tensor]):
             raise MethodError(
                 f"cannot read {name} from {self._path}: {error}", "make the adapter again"
             ) from error
-        return data.view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        return data.view(_DTYPES[dtype]).reshape(shape)
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
@@ -91,13 +98,20 @@ class TensorFile(Mapping[str, Tensor]):
         return len(self._entries)
 
 
-def _read_header(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+def _read_header(path: Path) -> tuple[int, dict[str, _Entry]]:
     """Return (offset of the first tensor's bytes, entries by name)."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-        header: dict[str, dict[str, Any]] = json.loads(file.read(length))
+        header: dict[str, Any] = json.loads(file.read(length))
     header.pop("__metadata__", None)
-    return _LENGTH_BYTES + length, header
+    # interned and in tuples, since a round keeps the header of every client
+    entries = {
+        sys.intern(name): _Entry(
+            sys.intern(entry["dtype"]), tuple(entry["shape"]), *entry["data_offsets"]
+        )
+        for name, entry in header.items()
+    }
+    return _LENGTH_BYTES + length, entries
 
 
 def _read_into(view: memoryview, path: Path, offset: int) -> None:

@@ -138,14 +138,15 @@ class CountedReads(Mapping[str, Tensor]):
         return len(self._tensors)
 
 
-def test_every_tensor_is_read_once() -> None:
-    counted = [CountedReads(update.tensors) for update in clients("a", "b", "c")]
-    updates = [
-        replace(update, tensors=tensors)
-        for update, tensors in zip(clients("a", "b", "c"), counted, strict=True)
-    ]
+def test_every_tensor_and_every_mask_is_read_once() -> None:
+    counted = []
+    updates = []
+    for update in clients("a", "b", "c"):
+        tensors, masks = CountedReads(update.tensors), CountedReads(update.masks or {})
+        counted += [tensors, masks]
+        updates.append(replace(update, tensors=tensors, masks=masks))
     aggregate(method(), updates, STATE)
-    assert all(set(tensors.reads.values()) == {1} for tensors in counted)
+    assert all(set(mapping.reads.values()) == {1} for mapping in counted)
 
 
 def test_after_any_number_of_faults_nothing_is_read_more_than_three_times() -> None:
