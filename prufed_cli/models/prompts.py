@@ -57,13 +57,16 @@ def tokenize_rows(
     """
     _check_request(tokenizer, template, cutoff, train_on)
     texts = [_text(number, row, tokenizer, template) for number, row in enumerate(rows, start=1)]
-    special = template != "chat"  # a chat template writes its special tokens itself
-    full = _token_ids(tokenizer, [text for _, text in texts], special)
-    prompts = _token_ids(tokenizer, [prompt for prompt, _ in texts], special)
+    chat = template == "chat"  # which writes its special tokens itself, and ends turns its own way
+    full = _token_ids(tokenizer, [text for _, text in texts], not chat)
+    prompts: list[list[int]] = [[] for _ in rows]
+    if chat or train_on == "response":
+        prompts = _token_ids(tokenizer, [prompt for prompt, _ in texts], not chat)
     input_ids, labels = [], []
     for ids, prompt in zip(full, prompts, strict=True):
         start = _common_length(ids, prompt)
-        ended = _end(ids, start, tokenizer.eos_token_id)[:cutoff]
+        last = ids[start:] if chat else ids[-1:]
+        ended = (ids if tokenizer.eos_token_id in last else [*ids, tokenizer.eos_token_id])[:cutoff]
         masked = min(start, len(ended)) if train_on == "response" else 0
         label = [IGNORE] * masked + ended[masked:]
         if any(token != IGNORE for token in label[1:]):
@@ -157,11 +160,6 @@ def _common_length(ids: Sequence[int], prompt: Sequence[int]) -> int:
     """Return how many first tokens the two share; the tokenizer may join text across the border."""
     pairs = zip(ids, prompt, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ids), len(prompt)))
-
-
-def _end(ids: list[int], start: int, eos: int) -> list[int]:
-    """Return the ids with an end-of-sequence token, unless the response has brought its own."""
-    return ids if eos in ids[start:] else [*ids, eos]
 
 
 def _report_dropped(given: int, kept: int, cutoff: int, reporter: Reporter) -> None:

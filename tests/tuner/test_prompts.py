@@ -103,6 +103,15 @@ def test_a_token_that_joins_prompt_and_response_is_response() -> None:
     assert _text(tokenizer, list(data.labels[0])) == "\n3</s>"
 
 
+@pytest.mark.parametrize("train_on", ["all", "response"])
+def test_a_tokenizer_with_one_token_for_beginning_and_end(
+    tokenizer: PreTrainedTokenizerFast, train_on: str
+) -> None:
+    tokenizer.eos_token = "<s>"  # as OPT has it
+    data = tokenize_rows([ROW], tokenizer, template="plain", train_on=train_on)  # type: ignore[arg-type]
+    assert _text(tokenizer, list(data.input_ids[0])) == "<s>Add.\n1 2\n3<s>"
+
+
 def test_rows_are_cut_and_a_row_without_response_left_is_dropped(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
