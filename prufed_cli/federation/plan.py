@@ -216,7 +216,8 @@ def _submodel(
                 "lower keep_layers",
                 USAGE,
             )
-        settings["keep"] = client.keep_layers
+        if pruner.name != "explicit":  # which names its layers itself
+            settings["keep"] = client.keep_layers
     request = PruneRequest(
         base=base,
         method=pruner.name,
