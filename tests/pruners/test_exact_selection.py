@@ -72,6 +72,12 @@ def test_the_global_threshold_is_that_of_one_long_stable_sort(
     assert torch.equal(chosen, first_by_stable_sort(flat, pruned_count(sparsity, flat.numel())))
 
 
+def test_large_groups_are_ranked_too() -> None:
+    scores = torch.rand(2, 400, generator=torch.Generator().manual_seed(0))
+    expected = first_by_stable_sort(scores.reshape(-1, 200), 150).reshape(scores.shape)
+    assert torch.equal(smallest_of_groups(scores, (150, 200)), expected)
+
+
 def test_equal_scores_go_from_the_left() -> None:
     assert smallest(torch.ones(2, 4), 2).tolist() == [[True, True, False, False]] * 2
     assert smallest_of_groups(torch.ones(1, 4), (1, 2)).tolist() == [[True, False, True, False]]

@@ -134,9 +134,10 @@ def smallest_members(members: Tensor, count: int) -> Tensor:
     Returns:
         Bool (m, groups); the lower index wins a tie.
     """
-    ranks = torch.zeros_like(members, dtype=torch.int16)
-    for later in range(1, members.shape[0]):
+    size = members.shape[0]
+    ranks = torch.zeros_like(members, dtype=torch.int8 if size < 128 else torch.int16)
+    for later in range(1, size):
         loses = members[:later] <= members[later]  # (later, groups): the earlier index goes first
-        ranks[later] += loses.sum(dim=0, dtype=torch.int16)
-        ranks[:later] += ~loses
+        ranks[later] += loses.view(torch.int8).sum(dim=0, dtype=ranks.dtype)
+        ranks[:later] += loses.logical_not_().view(torch.int8)
     return ranks < count
