@@ -85,7 +85,7 @@ def test_excluding_a_client_gives_what_the_others_give_alone() -> None:
     result = aggregate(method(), bad, STATE, on_invalid="exclude")
     assert list(result.excluded) == ["b", "c", "e"]
     assert "1 entries that are NaN or infinite" in result.excluded["b"]
-    assert "samples is -1" in result.excluded["c"]
+    assert result.excluded["c"] == "samples is -1"
     assert "has shape" in result.excluded["e"]
     alone = aggregate(method(), [a, d], STATE)
     assert_same(result.state, alone.state)

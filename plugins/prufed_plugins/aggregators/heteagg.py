@@ -33,7 +33,10 @@ class HeteAgg:
         self.breaks = _breaks(params)
 
     def prepare(self, updates: Sequence[Update], state: GlobalState) -> None:
-        """Take the weights; decide whether the global adapter joins."""
+        """Take the weights; decide whether the global adapter joins.
+
+        ``auto`` goes by the updates that are merged: those of clients left out do not count.
+        """
         self._weights = client_weights(updates, self._params.beta)
         joins = self._params.include_global
         if joins == "auto":

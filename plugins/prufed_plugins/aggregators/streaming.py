@@ -87,7 +87,7 @@ def aggregate(
         except UpdateError as error:
             if on_invalid == "raise" or error.client not in {u.client for u in ordered}:
                 raise
-            faults = {error.client: error.message} | _faults(ordered, state, mixes_ranks)
+            faults = {error.client: _reason(error)} | _faults(ordered, state, mixes_ranks)
         excluded |= faults
         ordered = [update for update in ordered if update.client not in faults]
     tensors = merged.tensors if optimizer is None else _step(optimizer, merged, state)
@@ -184,8 +184,12 @@ def _faults(updates: Sequence[Update], state: GlobalState, mixes_ranks: bool) ->
                 if in_layers(module, update.kept_layers):
                     load_part(update, names, state)
         except UpdateError as error:
-            faults[update.client] = error.message
+            faults[update.client] = _reason(error)
     return faults
+
+
+def _reason(error: UpdateError) -> str:
+    return error.message.removeprefix(f"client {error.client}: ")
 
 
 def _check_result(
