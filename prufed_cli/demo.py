@@ -93,7 +93,7 @@ def demo_config(device: str = "auto", limit: int | None = None) -> FederationCon
             "rounds": 1,
             "device": device,
             "sampler": {"name": "all"},
-            "pruner": {"name": "sparsegpt"},
+            "pruner": {"name": "sparsegpt", "samples": 64, "length": 128},
             "adapter": {"r": 16, "alpha": 32, "target_modules": ["q_proj", "v_proj"]},
             "tuner": {
                 "name": "lora",

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     "registry/prufed_registry": {"prufed_plugins", "prufed_cli", "torch", "transformers", "peft"},
-    "plugins/prufed_plugins": {"prufed_cli", "prufed_registry", "transformers", "peft"},
+    "plugins/prufed_plugins": {"prufed_cli", "prufed_registry"},
 }
 
 
