@@ -154,8 +154,9 @@ class Decoder(Protocol):
     def embed(self, batch: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Return what the first block receives for ``batch`` (B, T) of token ids.
 
-        The hidden states are (B, T, H); the dictionary holds the block's keyword arguments
-        (attention mask, position embeddings and so on).
+        The hidden states are (B, T, H); the dictionary holds what the blocks are called with
+        besides (attention masks, position embeddings; they differ between layer types) and is only
+        handed on to :meth:`run_block`.
         """
 
     def run_block(self, index: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:

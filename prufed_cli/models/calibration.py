@@ -83,7 +83,7 @@ def calibration_batches(
     wanted = length or min(int(tokenizer.model_max_length), LONGEST)
     stream = _token_stream(documents(source), tokenizer, SURPLUS * samples * wanted)
     if not stream:
-        raise PrufedError(f"calibration text {source} is empty", HINT, FAILED)
+        raise PrufedError(f"calibration text {name} is empty", HINT, FAILED)
     size = wanted if length else min(wanted, len(stream))
     if len(stream) < size or size < 2:
         raise PrufedError(
