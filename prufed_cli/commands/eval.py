@@ -72,7 +72,7 @@ def command(
     if as_json:
         emit_json(document_of(report))
         return
-    columns, rows = table_of(report)
-    table(columns, rows, numeric=range(1, len(columns)))
+    shown = table_of(report)
+    table(shown.columns, shown.rows, title=shown.title, numeric=range(1, len(shown.columns)))
     for comparison in report.comparisons:
         print_line(comparison_line(comparison))

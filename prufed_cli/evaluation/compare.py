@@ -238,6 +238,7 @@ class _Measuring:
         missing = [name for name in tasks.leaves if name not in leaves]
         if not missing:
             return leaves, None
+        tasks.build(missing)  # a bad data file is found out before the model is loaded
         opened = self._opened()
         measured, speed = score_tasks(
             opened.model,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from itertools import takewhile
 from typing import Any, Final
 
 from prufed_cli.evaluation.compare import Comparison, EvaluationReport, Row
@@ -13,20 +14,33 @@ from prufed_cli.evaluation.scores import Metric, TaskScore
 NOTHING: Final = "-"
 
 
-def table_of(report: EvaluationReport) -> tuple[list[str], list[list[str]]]:
-    """Return the columns and rows of the table: references down, tasks across.
+@dataclass(frozen=True)
+class Table:
+    """Title, headings and cells as text."""
+
+    title: str | None
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def table_of(report: EvaluationReport) -> Table:
+    """Return the table: references down, tasks across.
 
     Accuracies are percentages with one standard error; the columns of what was not measured are
-    left out.
+    left out, and so is the beginning that all task names share.
     """
     rows = report.rows
+    tasks = rows[0].scores.tasks
+    prefix = _shared_prefix(list(tasks))
     columns: list[tuple[str, list[str]]] = [("reference", [row.reference for row in rows])]
-    for name, task in rows[0].scores.tasks.items():
-        heading = name if task.primary == "acc" else f"{name} ({task.primary})"
+    for name, task in tasks.items():
+        heading = name.removeprefix(prefix)
+        if task.primary != "acc":
+            heading += f" ({task.primary})"
         columns.append((heading, [_task_cell(row.scores.tasks[name]) for row in rows]))
     for metric, heading in (("acc", "mean"), ("acc_norm", "mean acc_norm")):
         means = [row.scores.mean(metric) for row in rows]
-        if len(rows[0].scores.tasks) > 1 and any(means):
+        if len(tasks) > 1 and any(means):
             columns.append((heading, [_percent(mean) for mean in means]))
     if any(row.scores.perplexity for row in rows):
         columns += _perplexity_columns(rows)
@@ -35,9 +49,12 @@ def table_of(report: EvaluationReport) -> tuple[list[str], list[list[str]]]:
     speeds = [row.scores.tokens_per_second for row in rows]
     if any(speeds):
         columns.append(("tokens/s", [f"{speed:,.0f}" if speed else NOTHING for speed in speeds]))
-    return [heading for heading, _ in columns], [
-        [cells[index] for _, cells in columns] for index in range(len(rows))
-    ]
+    title = f"{prefix}: " if prefix else ""
+    return Table(
+        f"{title}accuracy in % ± one standard error" if tasks else None,
+        tuple(heading for heading, _ in columns),
+        tuple(tuple(cells[index] for _, cells in columns) for index in range(len(rows))),
+    )
 
 
 def comparison_line(comparison: Comparison) -> str:
@@ -73,6 +90,16 @@ def size_text(size: int) -> str:
         number /= 1000
         units.pop(0)
     return f"{number:.0f} B" if units[0] == "B" else f"{number:.1f} {units[0]}"
+
+
+def _shared_prefix(names: Sequence[str]) -> str:
+    """Return what several names begin with, up to an underscore."""
+    if len(names) < 2:
+        return ""
+    pairs = zip(min(names), max(names), strict=False)
+    shared = "".join(left for left, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    head, underscore, _ = shared.rpartition("_")
+    return head + underscore
 
 
 def _row_document(row: Row) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from prufed_cli.app import run
 from prufed_cli.errors import NOT_FOUND, USAGE, PrufedError
 from prufed_cli.evaluation import evaluate, evaluate_model
 from prufed_cli.home import open_registry
+from prufed_cli.models.adapters import adapter_spec, save_adapter
+from prufed_registry import Parent
 from tests.evaluation.conftest import make_model, make_rows, write_task
 
 
@@ -70,6 +72,34 @@ def test_a_reference_against_itself_differs_by_nothing(registry, task_directory)
     report = evaluate(["dense", "dense"], tasks=["letters"], include_path=task_directory)
     paired = report.comparisons[0].paired
     assert (paired.difference, paired.low, paired.high) == (0.0, 0.0, 0.0)
+
+
+def test_an_adapter_is_scored_merged_into_its_base(registry, task_directory, tokenizer):
+    base = registry.resolve("dense")
+    spec = adapter_spec("dense", r=2, alpha=8, target_modules=("q_proj",))
+    merged = make_model()
+    tensors = {}
+    for index, layer in enumerate(merged.model.layers):
+        A, B = torch.randn(2, 32), torch.randn(32, 2)
+        name = f"model.layers.{index}.self_attn.q_proj"
+        tensors |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+        with torch.no_grad():
+            layer.self_attn.q_proj.weight += 4 * B @ A
+    with registry.stage() as staging:
+        save_adapter(staging.path, tensors, spec, base.ref)
+        staging.publish(
+            name="adapter",
+            kind="client-adapter",
+            parents=[Parent(base.ref, base.digest)],
+            recipe={"command": "test"},
+            details={"adapter": spec.to_dict()},
+        )
+    settings = {"tasks": ["letters"], "include_path": task_directory}
+    plain, adapted = evaluate(["dense", "adapter"], **settings).rows
+    assert (adapted.kind, adapted.base, plain.base) == ("client-adapter", "dense@v1", None)
+    assert adapted.scores.tasks == evaluate_model(merged, tokenizer, **settings).tasks
+    assert adapted.scores.tasks != plain.scores.tasks
+    assert adapted.bytes < plain.bytes
 
 
 def test_what_was_measured_is_not_measured_again(registry, task_directory, text):
@@ -131,10 +161,20 @@ def test_the_command_prints_one_table_and_the_comparison(registry, task_director
     assert run(arguments) == 0
     captured = capsys.readouterr()
     lines = [line.split() for line in captured.out.splitlines() if line.strip()]
-    assert lines[0][:3] == ["reference", "letters", "words"]
-    assert [line[0] for line in lines[2:4]] == ["dense@v1", "sparse@v1"]
+    assert lines[1][:3] == ["reference", "letters", "words"]
+    assert [line[0] for line in lines[3:5]] == ["dense@v1", "sparse@v1"]
     assert "points of acc, 95% interval" in captured.out
     assert captured.err == ""
+
+
+def test_the_prefix_all_tasks_share_is_left_out_of_the_table(registry, task_directory, capsys):
+    for name in ("zoo_cats", "zoo_dogs"):
+        write_task(task_directory, name, make_rows(3, seed=5))
+    arguments = ["eval", "dense", "--tasks", "zoo_cats,zoo_dogs", "--quiet"]
+    assert run([*arguments, "--include-path", str(task_directory)]) == 0
+    title, heading = [line for line in capsys.readouterr().out.splitlines() if line.strip()][:2]
+    assert title.strip() == "zoo_: accuracy in % ± one standard error"
+    assert heading.split()[:3] == ["reference", "cats", "dogs"]
 
 
 def test_the_json_document(registry, task_directory, text, capsys):
