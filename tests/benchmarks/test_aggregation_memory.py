@@ -31,7 +31,7 @@ def test_merging_4_and_64_adapters_of_64_mb(tmp_path: Path, density: float) -> N
     for figures in (few, many):
         print(
             f"\n{figures['clients']} clients, density {density}:"
-            f" peak +{(figures['peak'] - figures['before']) / 2**20:.0f} MiB,"
+            f" peak +{(figures['peak'] - few['before']) / 2**20:.0f} MiB,"
             f" merging {figures['merging']:.2f} s, reading {figures['reading']:.2f} s,"
             f" ratio {figures['merging'] / figures['reading']:.2f}",
             end="",
