@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from prufed_cli.errors import NOT_FOUND, USAGE, PrufedError
+from prufed_cli.models.base import context_length
 from prufed_cli.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -125,12 +126,7 @@ def measure_perplexity(
 
 def model_window(model: PreTrainedModel) -> int:
     """Return how many tokens a model reads at once, at most 2048."""
-    config = model.config.get_text_config()
-    for attribute in ("max_position_embeddings", "n_positions", "n_ctx"):
-        limit = getattr(config, attribute, None)
-        if isinstance(limit, int) and limit > 0:
-            return min(limit, LONGEST_WINDOW)
-    return LONGEST_WINDOW
+    return min(context_length(model) or LONGEST_WINDOW, LONGEST_WINDOW)
 
 
 def check_token_ids(model: PreTrainedModel, largest: int) -> None:

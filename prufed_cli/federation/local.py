@@ -16,8 +16,15 @@ import torch
 
 from prufed_cli.errors import PrufedError
 from prufed_cli.models.adapters import attach
-from prufed_cli.models.base import base_masks, choose_device, load_model, load_tokenizer
+from prufed_cli.models.base import (
+    base_masks,
+    choose_device,
+    context_length,
+    load_model,
+    load_tokenizer,
+)
 from prufed_cli.models.prompts import tokenize_rows
+from prufed_cli.progress import SILENT, Reporter
 from prufed_plugins.api import TrainingData, Tuner, TuneResult, TuneStep
 from prufed_plugins.errors import MethodError
 
@@ -109,8 +116,11 @@ class ResidentBases:
 class LocalEngine:
     """Runs tuners for clients in this process."""
 
-    def __init__(self, device: str = "auto", dtype: str = "auto") -> None:
+    def __init__(
+        self, device: str = "auto", dtype: str = "auto", reporter: Reporter = SILENT
+    ) -> None:
         self.bases = ResidentBases(device, dtype)
+        self._reporter = reporter
         self._data: dict[str, TrainingData] = {}
 
     def tune(
@@ -131,7 +141,7 @@ class LocalEngine:
     def _tune(self, job: Job, on_step: Callable[[Job, TuneStep], None]) -> TuneResult:
         client = job.client
         resident = self.bases.get(client.base)
-        data = self._training_data(client, resident.tokenizer)
+        data = self._training_data(client, resident)
         with attach(
             resident.model,
             client.spec,
@@ -148,17 +158,28 @@ class LocalEngine:
                 pad_token_id=_pad(resident.tokenizer),
             )
 
-    def _training_data(self, client: Client, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
+    def _training_data(self, client: Client, resident: Resident) -> TrainingData:
         if client.name not in self._data:
             tuner = client.plan.tuner
             self._data[client.name] = tokenize_rows(
                 client.plan.rows,
-                tokenizer,
+                resident.tokenizer,
                 template=tuner.template,
-                cutoff=tuner.cutoff,
+                cutoff=self._cutoff(client, resident.model),
                 train_on=tuner.train_on,
+                reporter=self._reporter,
             )
         return self._data[client.name]
+
+    def _cutoff(self, client: Client, model: PreTrainedModel) -> int:
+        """Return the client's cutoff, or what the model's positions reach if that is less."""
+        wanted, limit = client.plan.tuner.cutoff, context_length(model)
+        if limit is not None and wanted > limit:
+            self._reporter.warn(
+                f"client {client.name}: cutoff {wanted} is lowered to the model's {limit} positions"
+            )
+            return limit
+        return wanted
 
 
 def _tuner(client: Client) -> Tuner:

@@ -475,7 +475,7 @@ def make_federation(
         client.name: make_client(client, bases[client.name], full, layers, config.seed, registry)
         for client in plan.clients
     }
-    engine = LocalEngine(config.device, config.dtype)
+    engine = LocalEngine(config.device, config.dtype, reporter)
     scoring = Scoring(config.evaluate, engine, reporter)
     if config.evaluate.tasks:
         scoring.find()  # an unknown task must not be found out after hours of tuning

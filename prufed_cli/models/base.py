@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -240,14 +241,17 @@ def load_tokenizer(
     return tokenizer
 
 
-def base_masks(artifact: Artifact) -> dict[str, Tensor] | None:
-    """Return the masks of an element-wise pruned base by parameter name; None for any other."""
+def base_masks(artifact: Artifact) -> Mapping[str, Tensor] | None:
+    """Return the masks of an element-wise pruned base by parameter name; None for any other.
+
+    A mask is unpacked when it is asked for: all of them together take a byte per weight.
+    """
     path = artifact.path / MASKS_FILE
     if not path.is_file():
         return None
-    from prufed_plugins.masks import load_masks
+    from prufed_plugins.masks import MaskFile
 
-    return load_masks(path)
+    return MaskFile(path)
 
 
 def base_of(adapter: Artifact, registry: Registry) -> Artifact:
@@ -307,6 +311,16 @@ def merge_adapter(model: PreTrainedModel, adapter: Artifact, base: Artifact) -> 
     stored = adapter.manifest.details.get("adapter", {})
     masks = base_masks(base) if stored.get("product_mask") else None
     merge(model, tensors, scaling=spec.scaling, product_masks=masks)
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Return how many tokens a model's positions reach; None where its configuration says none."""
+    config = model.config.get_text_config()
+    for attribute in ("max_position_embeddings", "n_positions", "n_ctx"):
+        limit = getattr(config, attribute, None)
+        if isinstance(limit, int) and limit > 0:
+            return limit
+    return None
 
 
 def quiet_transformers() -> None:
