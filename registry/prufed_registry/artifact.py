@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prufed_registry.digests import Parent, read_payload
-from prufed_registry.index import Key, Record
+from prufed_registry.index import Record, parse_record
 
 if TYPE_CHECKING:
     from prufed_registry.manifest import Manifest
@@ -21,13 +21,18 @@ class Artifact:
         name: the name it was published under.
         version: its number, 1 for the first.
         directory: where its files are.
-        record: the manifest's main facts.
+        facts: the manifest's main facts, unparsed: a list of 10,000 looks at few of them.
     """
 
     name: str
     version: int
     directory: str
-    record: Record
+    facts: str = field(repr=False)
+
+    @property
+    def record(self) -> Record:
+        """The manifest's main facts."""
+        return parse_record(self.facts)
 
     @property
     def ref(self) -> str:
@@ -79,23 +84,3 @@ class Artifact:
         from prufed_registry.manifest import parse_manifest
 
         return parse_manifest(read_payload(self.path, self.ref), self.ref)
-
-
-@dataclass(frozen=True, slots=True)
-class Location:
-    """Where one version's directory is, before anything in it has been read."""
-
-    name: str
-    version: int
-    inode: int
-    directory: str
-
-    @property
-    def ref(self) -> str:
-        """The reference that always means this version: ``name@v3``."""
-        return f"{self.name}@v{self.version}"
-
-    @property
-    def key(self) -> Key:
-        """What the index knows it by."""
-        return (self.name, self.version, self.inode)

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prufed_registry import names, versions
-from prufed_registry.artifact import Location
 from prufed_registry.durable import TEMPORARY_PREFIX, delete_tree, storage_errors
-from prufed_registry.index import Index
+from prufed_registry.index import Index, Location
 from prufed_registry.layout import Layout
 from prufed_registry.removal import move_away
 from prufed_registry.staging import Staging, lock_of
@@ -71,7 +70,7 @@ def collect(layout: Layout, index: Index, *, dry_run: bool) -> GcReport:
         # Trees come before blobs in the plan: a blob is unused only once they are gone.
         done = tuple(item for item in plan if _delete(layout, item))
         with layout.changing():
-            index.rewrite(location.key for location in _all_living(layout))
+            index.rewrite(_all_living(layout))
     return GcReport(done, dry_run)
 
 
@@ -201,7 +200,7 @@ def _finish_removal(layout: Layout, path: Path) -> bool:
     with Staging(layout) as trash, layout.changing():
         if not path.exists():
             return False
-        move_away(Location(path.parent.name, number, 0, str(path)), trash)
+        move_away(Location(path.parent.name, number, "", str(path)), trash)
     return True
 
 

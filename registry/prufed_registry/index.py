@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +22,31 @@ from prufed_registry.errors import RegistryError
 DAMAGED = "damaged"
 """The kind that a version with an unreadable manifest is listed under."""
 
-Key = tuple[str, int, int]
-"""Name, version, inode of the version's directory."""
+_END = "\t."
+"""What a line that was torn by a crash lacks."""
+
+_DAMAGED_FACTS = json.dumps([DAMAGED, "", "", "", 0, []])
+
+
+class Location(NamedTuple):
+    """Where one version's directory is, before anything in it has been read.
+
+    Attributes:
+        name: the artifact's name.
+        version: its number.
+        key: what the cache knows it by: ``name/v3/inode``.
+        directory: the version's directory.
+    """
+
+    name: str
+    version: int
+    key: str
+    directory: str
+
+    @property
+    def ref(self) -> str:
+        """The reference that always means this version: ``name@v3``."""
+        return f"{self.name}@v{self.version}"
 
 
 class Record(NamedTuple):
@@ -41,12 +65,15 @@ class Record(NamedTuple):
         return tuple(Parent(ref, digest) for ref, digest in self.raw_parents)
 
 
-_WIDTH = 3 + len(Record._fields)
+@lru_cache(maxsize=1 << 16)
+def parse_record(facts: str) -> Record:
+    """Return the record that a cached line's facts are; parsed when first asked for."""
+    return Record(*json.loads(facts))
 
 
-def record_of(payload: Mapping[str, Any]) -> Record:
-    """Return the record of a manifest."""
-    return Record(
+def facts_of(payload: Mapping[str, Any]) -> str:
+    """Return the record of a manifest as one line of JSON, the form it is cached in."""
+    record = Record(
         kind=payload["kind"],
         digest=payload["digest"],
         fingerprint=payload["fingerprint"],
@@ -54,96 +81,83 @@ def record_of(payload: Mapping[str, Any]) -> Record:
         size=sum(entry["size"] for entry in payload["files"].values()),
         raw_parents=[[parent["ref"], parent["digest"]] for parent in payload["parents"]],
     )
+    return json.dumps(record, separators=(",", ":"))
+
+
+def read_facts(directory: str, ref: str) -> str:
+    """Return the record of the manifest in a directory, `DAMAGED` where it cannot be read."""
+    try:
+        return facts_of(read_payload(Path(directory), ref))
+    except (RegistryError, KeyError, TypeError, AttributeError):
+        return _DAMAGED_FACTS
 
 
 class Index:
-    """The cached records of one registry, read once per process and then only its new lines."""
+    """The cached records of one registry, read once per process and then only its new lines.
+
+    A line is ``name/v3/inode``, a tab, and the record as JSON, which is parsed only when it is
+    asked for.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._records: dict[Key, Record] = {}
+        self._facts: dict[str, str] = {}
         self._inode = 0
         self._offset = 0
 
-    def lookup(self, keys: Mapping[Key, str]) -> dict[Key, Record]:
-        """Return the records of some versions, reading the manifests of those not cached yet.
-
-        Args:
-            keys: the versions, each with its directory.
+    def lookup(self, locations: Sequence[Location]) -> list[str]:
+        """Return the facts of some versions, reading the manifests of those not cached yet.
 
         Returns:
-            One record per key; kind `DAMAGED` where the manifest cannot be read, never cached.
+            One line per location; of the kind `DAMAGED` where the manifest cannot be read.
         """
         self._read_new_lines()
-        missing = {key: path for key, path in keys.items() if key not in self._records}
-        fresh, damaged = _read_manifests(missing)
-        self._records.update(fresh)
+        fresh = {
+            each.key: read_facts(each.directory, each.ref)
+            for each in locations
+            if each.key not in self._facts
+        }
+        sound = {key: facts for key, facts in fresh.items() if facts != _DAMAGED_FACTS}
+        self._facts.update(sound)
         # A registry that cannot be written can still be read; then nothing is cached.
         with suppress(OSError):
-            self._append(fresh)
-        return {key: self._records.get(key) or damaged[key] for key in keys}
+            self._append(sound)
+        get = self._facts.get
+        return [get(each.key) or fresh[each.key] for each in locations]
 
-    def rewrite(self, living: Iterable[Key]) -> None:
+    def rewrite(self, living: Iterable[Location]) -> None:
         """Write the file anew with the living versions only."""
         self._read_new_lines()
-        kept = {key: self._records[key] for key in living if key in self._records}
-        write_atomically(
-            self._path, b"".join(_line(key, record) + b"\n" for key, record in kept.items())
-        )
+        kept = {each.key: self._facts[each.key] for each in living if each.key in self._facts}
+        write_atomically(self._path, _lines(kept))
 
-    def _append(self, fresh: Mapping[Key, Record]) -> None:
+    def _append(self, fresh: Mapping[str, str]) -> None:
         if not fresh:
             return
         make_directory(self._path.parent)
         # The newline in front closes a line that a crash may have torn.
-        lines = b"".join(b"\n" + _line(key, record) for key, record in fresh.items())
         with self._path.open("ab", buffering=0) as file:
-            file.write(lines + b"\n")
+            file.write(b"\n" + _lines(fresh))
 
     def _read_new_lines(self) -> None:
         try:
             with self._path.open("rb") as file:
                 status = os.fstat(file.fileno())
                 if status.st_ino != self._inode or status.st_size < self._offset:
-                    self._records, self._offset = {}, 0
+                    self._facts, self._offset = {}, 0
                 file.seek(self._offset)
                 content = file.read()
         except OSError:
-            self._records, self._inode, self._offset = {}, 0, 0
+            self._facts, self._inode, self._offset = {}, 0, 0
             return
         whole = content[: content.rfind(b"\n") + 1]
         self._inode = status.st_ino
         self._offset += len(whole)
-        for name, version, inode, *facts in _parse_lines(whole):
-            self._records[name, version, inode] = Record(*facts)
+        for line in whole.decode("ascii", errors="replace").split("\n"):
+            key, _, facts = line.partition("\t")
+            if facts.endswith(_END):
+                self._facts[key] = facts[: -len(_END)]
 
 
-def _line(key: Key, record: Record) -> bytes:
-    return json.dumps([*key, *record], separators=(",", ":")).encode()
-
-
-def _parse_lines(content: bytes) -> list[list[Any]]:
-    lines = [line for line in content.split(b"\n") if line]
-    try:
-        rows = json.loads(b"[" + b",".join(lines) + b"]")
-    except ValueError:
-        rows = [_parse_line(line) for line in lines]
-    return [row for row in rows if isinstance(row, list) and len(row) == _WIDTH]
-
-
-def _parse_line(line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
-
-
-def _read_manifests(missing: Mapping[Key, str]) -> tuple[dict[Key, Record], dict[Key, Record]]:
-    fresh: dict[Key, Record] = {}
-    damaged: dict[Key, Record] = {}
-    for key, path in missing.items():
-        try:
-            fresh[key] = record_of(read_payload(Path(path), f"{key[0]}@v{key[1]}"))
-        except (RegistryError, KeyError, TypeError, AttributeError):
-            damaged[key] = Record(DAMAGED, "", "", "", 0, [])
-    return fresh, damaged
+def _lines(facts: Mapping[str, str]) -> bytes:
+    return "".join(f"{key}\t{line}{_END}\n" for key, line in facts.items()).encode()

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from prufed_registry.digests import LAYOUT
@@ -30,13 +31,13 @@ def default_home() -> Path:
     return user_data_path("prufed", appauthor=False)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Layout:
     """The directories of the registry at `root`."""
 
     root: Path
 
-    @property
+    @cached_property
     def artifacts(self) -> Path:
         """``artifacts/<name>/v3``: what was published."""
         return self.root / "artifacts"

@@ -11,7 +11,6 @@ KINDS = ("base", "pruned", "client-adapter", "global-adapter", "merged")
 ADAPTER_KINDS = ("client-adapter", "global-adapter")
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,94}[a-z0-9]")
-_VERSION = re.compile(r"v([1-9][0-9]{0,8})")
 _VERSION_LIKE = re.compile(r"v[0-9]+")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _DIGEST_PREFIX = re.compile(r"sha256:[0-9a-f]{6,64}")
@@ -62,8 +61,11 @@ def parse_reference(text: str) -> Reference:
 
 def parse_version(text: str) -> int | None:
     """Return 3 for ``v3``, or None where `text` is not a version."""
-    match = _VERSION.fullmatch(text)
-    return int(match[1]) if match else None
+    # Not a regular expression: a listing asks this of every directory.
+    digits = text[1:]
+    if text[:1] != "v" or not (digits.isdecimal() and digits.isascii() and len(digits) < 10):
+        return None
+    return int(digits) if digits[0] != "0" else None
 
 
 def is_name(text: str) -> bool:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prufed_registry import versions
-from prufed_registry.artifact import Artifact, Location
+from prufed_registry.artifact import Artifact
 from prufed_registry.durable import fsync, make_directory, storage_errors
 from prufed_registry.errors import InvalidRequest, NotFound
+from prufed_registry.index import Location
 from prufed_registry.layout import Layout
 from prufed_registry.staging import Staging
 

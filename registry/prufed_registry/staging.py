@@ -42,7 +42,7 @@ from prufed_registry.durable import (
     write_atomically,
 )
 from prufed_registry.errors import InvalidRequest, RegistryError
-from prufed_registry.index import record_of
+from prufed_registry.index import facts_of
 from prufed_registry.layout import Layout
 from prufed_registry.versions import all_numbers
 from prufed_registry.weights import check_no_pickle, check_safetensors
@@ -181,7 +181,7 @@ class Staging:
         fsync(target.parent)
         target.chmod(0o555)
         version = names.parse_version(target.name) or 0
-        return Artifact(name, version, str(target), record_of(payload))
+        return Artifact(name, version, str(target), facts_of(payload))
 
     def _share(self, file: Path, entry: FileEntry, *, replace: bool) -> None:
         """Make a staged file and its blob one inode, where the filesystem can."""

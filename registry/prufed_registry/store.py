@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prufed_registry import names, versions
-from prufed_registry.artifact import Artifact, Location
+from prufed_registry.artifact import Artifact
 from prufed_registry.durable import (
     fsync,
     make_directory,
@@ -21,7 +21,7 @@ from prufed_registry.durable import (
     write_atomically,
 )
 from prufed_registry.errors import Damaged, InvalidRequest, NotFound
-from prufed_registry.index import DAMAGED, Index
+from prufed_registry.index import DAMAGED, Index, Location, parse_record, read_facts
 from prufed_registry.layout import Layout
 from prufed_registry.names import Reference, parse_reference
 from prufed_registry.staging import Staging
@@ -78,9 +78,11 @@ class Registry:
             names.check_kind(kind)
         chosen = versions.all_names(self._layout) if name is None else [name]
         found = self._artifacts(
-            location for each in chosen for location in versions.living(self._layout, each)
+            [location for each in chosen for location in versions.living(self._layout, each)]
         )
-        return [artifact for artifact in found if kind is None or artifact.kind == kind]
+        # The kind stands first in the facts, so none has to be parsed.
+        start = "[" if kind is None else f'["{kind}"'
+        return [artifact for artifact in found if artifact.facts.startswith(start)]
 
     def resolve(self, reference: str) -> Artifact:
         """Return the version that a reference means now.
@@ -94,11 +96,13 @@ class Registry:
             NotFound: there is no such version; the message names near ones.
             Damaged: its manifest is not what was published.
         """
-        # Again where the version was removed between finding and reading it.
-        while not (found := self._artifacts([self._locate(parse_reference(reference))])):
-            pass
-        artifact = found[0]
+        location = self._locate(parse_reference(reference))
+        # One manifest is read faster than the cache of all.
+        facts = read_facts(location.directory, location.ref)
+        artifact = Artifact(location.name, location.version, location.directory, facts)
         if artifact.kind == DAMAGED:
+            if not versions.find_version(self._layout, location.name, location.version):
+                return self.resolve(reference)  # it was removed between finding and reading it
             artifact.manifest  # noqa: B018  raises with the reason
             raise Damaged(f"{artifact.ref} is damaged", f"run 'prufed verify {artifact.ref}'")
         return artifact
@@ -107,7 +111,11 @@ class Registry:
         """Return the newest living artifact made by the same recipe from the same parents."""
         if not fingerprint:
             return None
-        found = [each for each in self.list(kind=kind) if each.fingerprint == fingerprint]
+        found = [
+            each
+            for each in self.list(kind=kind)
+            if fingerprint in each.facts and each.fingerprint == fingerprint
+        ]
         return max(found, key=lambda artifact: artifact.created, default=None)
 
     def set_alias(self, name: str, alias: str, version: int) -> None:
@@ -262,15 +270,15 @@ class Registry:
                 ) from error
         return results
 
-    def _artifacts(self, locations: Iterable[Location]) -> builtins.list[Artifact]:
-        """Return the versions with their records, less those removed meanwhile."""
-        found = {location.key: location for location in locations}
-        records = self._index.lookup({key: each.directory for key, each in found.items()})
+    def _artifacts(self, locations: Sequence[Location]) -> builtins.list[Artifact]:
+        """Return the versions with their facts, less those removed meanwhile."""
         return [
-            Artifact(each.name, each.version, each.directory, records[key])
-            for key, each in found.items()
-            if records[key].kind != DAMAGED
-            or versions.find_version(self._layout, each.name, each.version)
+            Artifact(name, version, directory, facts)
+            for (name, version, _, directory), facts in zip(
+                locations, self._index.lookup(locations), strict=True
+            )
+            if not facts.startswith(f'["{DAMAGED}"')
+            or versions.find_version(self._layout, name, version)
         ]
 
     def _locate(self, reference: Reference) -> Location:
@@ -284,18 +292,22 @@ class Registry:
             if found := versions.find_version(self._layout, name, version):
                 return found
             raise self._no_version(name, version)
-        living = versions.living(self._layout, name)
-        if not living:
+        newest = versions.newest(self._layout, name)
+        if newest is None:
             raise NotFound(f"there is no artifact {name!r}", self._near_hint(name))
         if reference.digest_prefix is None:
-            return living[-1]
-        return self._by_digest(reference.digest_prefix, living)
+            return newest
+        return self._by_digest(reference.digest_prefix, name)
 
-    def _by_digest(self, prefix: str, living: Sequence[Location]) -> Location:
-        records = self._index.lookup({each.key: each.directory for each in living})
-        name = living[0].name
-        fitting = [each for each in living if records[each.key].digest.startswith(prefix)]
-        contents = sorted({records[each.key].digest for each in fitting})
+    def _by_digest(self, prefix: str, name: str) -> Location:
+        living = versions.living(self._layout, name)
+        records = [parse_record(facts) for facts in self._index.lookup(living)]
+        fitting = [
+            (each, record.digest)
+            for each, record in zip(living, records, strict=True)
+            if record.digest.startswith(prefix)
+        ]
+        contents = sorted({digest for _, digest in fitting})
         if not fitting:
             raise NotFound(
                 f"{name} has no version with the digest {prefix}", f"run 'prufed list {name}'"
@@ -305,7 +317,7 @@ class Registry:
                 f"{name}@{prefix} fits {len(contents)} contents",
                 f"give more digits: {', '.join(digest[:23] for digest in contents[:4])}",
             )
-        return fitting[-1]
+        return fitting[-1][0]
 
     def _no_version(self, name: str, version: int) -> NotFound:
         living = versions.living(self._layout, name)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prufed_registry import names, versions
-from prufed_registry.artifact import Location
 from prufed_registry.digests import MANIFEST, FileEntry, read_payload, render
 from prufed_registry.durable import hash_file
 from prufed_registry.errors import RegistryError
+from prufed_registry.index import Location
 from prufed_registry.layout import Layout
 from prufed_registry.manifest import Manifest, parse_manifest
 from prufed_registry.weights import safetensors_problem

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prufed_registry import names
-from prufed_registry.artifact import Location
+from prufed_registry.index import Location
 from prufed_registry.layout import Layout
 
 
@@ -15,32 +15,43 @@ def living(layout: Layout, name: str) -> list[Location]:
     """Return the versions of `name` that exist, oldest first; none where the name is unknown."""
     found = []
     has_tombstones = False
-    directory = f"{layout.artifacts}/{name}"
     try:
-        with os.scandir(directory) as entries:
+        with os.scandir(f"{layout.artifacts}/{name}") as entries:
             for entry in entries:
-                if (number := names.parse_version(entry.name)) is not None:
-                    found.append(Location(name, number, entry.inode(), entry.path))
-                elif entry.name == ".gone":
+                text = entry.name
+                if (number := names.parse_version(text)) is not None:
+                    key = f"{name}/{text}/{entry.inode()}"
+                    found.append(Location(name, number, key, entry.path))
+                elif text == ".gone":
                     has_tombstones = True
     except (FileNotFoundError, NotADirectoryError):
         return []
     if has_tombstones:
         gone = tombstones(layout, name)
         found = [location for location in found if location.version not in gone]
-    return sorted(found, key=lambda location: location.version)
+    found.sort()
+    return found
+
+
+def newest(layout: Layout, name: str) -> Location | None:
+    """Return the newest living version of `name`, or None where there is none."""
+    while numbers := set(_numbers_in(layout.versions(name))) - tombstones(layout, name):
+        if location := find_version(layout, name, max(numbers)):
+            return location
+        # Removed since the directory was listed: look again.
+    return None
 
 
 def find_version(layout: Layout, name: str, version: int) -> Location | None:
     """Return one version without reading the others, or None where it does not live."""
-    directory = layout.versions(name) / f"v{version}"
+    directory = f"{layout.artifacts}/{name}/v{version}"
     try:
-        inode = directory.stat().st_ino
+        inode = os.stat(directory).st_ino  # noqa: PTH116
     except (FileNotFoundError, NotADirectoryError):
         return None
     if (layout.tombstones(name) / f"v{version}").exists():
         return None
-    return Location(name, version, inode, str(directory))
+    return Location(name, version, f"{name}/v{version}/{inode}", directory)
 
 
 def tombstones(layout: Layout, name: str) -> set[int]:

@@ -154,13 +154,14 @@ def test_killed_at_exact_byte_counts(
 
 
 def test_half_a_cache_line_is_ignored(registry, publish):
-    first = publish()
+    base = publish("base-model")
+    first = publish(parents=(base,))
     registry.list()
     cache = registry.root / "cache" / "records.jsonl"
     whole = cache.read_bytes()
-    for length in range(len(whole)):
+    for length in [*range(0, len(whole), 5), *range(len(whole) - 12, len(whole))]:
         cache.write_bytes(whole[:length])
-        assert Registry(registry.root).list() == [first]
+        assert Registry(registry.root).list() == [base, first]
         second_look = Registry(registry.root)
-        assert second_look.list() == [first]
+        assert second_look.list() == [base, first]
         assert second_look.find(first.fingerprint) == first
