@@ -35,7 +35,7 @@ VERBS: Final[dict[str, dict[str, str]]] = {
         "verify": "Check every stored byte against its manifest.",
     },
     "Runs": {
-        "runs": "List runs, show one, or report on one.",
+        "runs": "List runs, show one, or go on with one.",
     },
     "More": {
         "init": "Write a commented clients.yaml to start from.",
