@@ -111,7 +111,8 @@ def prune(
                 request.calibration,
                 load_tokenizer(base, trust_remote_code=trust_remote_code),
                 samples=request.samples,
-                length=request.length or _longest_sequence(base),
+                length=request.length,
+                longest=_longest_sequence(base),
                 seed=request.seed,
             )
     recipe = _recipe(request, calibration, dtype)

@@ -60,6 +60,7 @@ def calibration_batches(
     *,
     samples: int = 128,
     length: int | None = None,
+    longest: int = LONGEST,
     seed: int = 0,
     batch_size: int = 8,
 ) -> Calibration:
@@ -71,8 +72,9 @@ def calibration_batches(
             ``text``, or an ``instruction``, ``context`` and ``response``.
         tokenizer: of the model to be pruned.
         samples: how many sequences; a short text gives fewer.
-        length: tokens per sequence; None for what the tokenizer's model takes, at most 2048 and at
-            most what there is.
+        length: tokens per sequence; None for what the tokenizer's model takes, at most ``longest``
+            and at most what there is.
+        longest: tokens that the model itself takes.
         seed: decides the offsets.
         batch_size: sequences per batch.
 
@@ -80,7 +82,7 @@ def calibration_batches(
         PrufedError: the source is missing, empty, damaged, or shorter than one sequence.
     """
     name = "the embedded text" if source is None else Path(source).name
-    wanted = length or min(int(tokenizer.model_max_length), LONGEST)
+    wanted = length or min(int(tokenizer.model_max_length), longest)
     stream = _token_stream(documents(source), tokenizer, SURPLUS * samples * wanted)
     if not stream:
         raise PrufedError(f"calibration text {name} is empty", HINT, FAILED)
