@@ -52,8 +52,6 @@ def die_at_byte(number: int) -> None:
 def check_after_crash(registry: Registry, publish_into, assert_sound) -> None:
     """Assert that readers, gc and the next writer find nothing wrong: garbage is no damage."""
     assert registry.verify() == []
-    for artifact in registry.list():
-        assert registry.resolve(artifact.ref).manifest.name == artifact.name
     registry.gc()
     assert_sound(registry)
     taken = {artifact.version for artifact in registry.list("tiny")}
@@ -120,7 +118,6 @@ def test_killed_at_every_filesystem_call(
         if status == 0:
             break
     assert status == 0, "the writer never got through"
-    print(action, number, "calls")
     assert number > 10, "too few calls were counted to have tested anything"
     assert (gained, lost) == {
         "first-publish": (1, 0),
