@@ -10,7 +10,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from prufed_cli.config import FederationConfig, load
     from prufed_cli.errors import PrufedError
     from prufed_cli.evaluation import EvaluationReport, evaluate, evaluate_model
     from prufed_cli.exporting import export, export_merged
@@ -28,11 +27,10 @@ __all__ = [
     "Artifact",
     "EvaluationReport",
     "FederateResult",
-    "FederationConfig",
     "Loaded",
+    "PrufedError",
     "PruneRequest",
     "PruneResult",
-    "PrufedError",
     "PullResult",
     "PushResult",
     "Registry",
@@ -42,7 +40,6 @@ __all__ = [
     "export",
     "export_merged",
     "federate",
-    "load",
     "load_reference",
     "open_registry",
     "plan_federation",
@@ -52,7 +49,6 @@ __all__ = [
 ]
 
 _MODULES: Final = {
-    "prufed_cli.config": ("FederationConfig", "load"),
     "prufed_cli.errors": ("PrufedError",),
     "prufed_cli.evaluation": ("EvaluationReport", "evaluate", "evaluate_model"),
     "prufed_cli.exporting": ("export", "export_merged"),
