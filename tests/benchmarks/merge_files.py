@@ -58,8 +58,10 @@ def merge(directory: Path, clients: Sequence[int]) -> Iterator[dict[str, float]]
     tensors = dict(TensorFile(directory / "global.safetensors").items())
     layers = len(tensors) // (2 * len(PROJECTIONS))
     state = GlobalState(tensors, rank=RANK, scaling=1.0, layers=layers)
+    # one buffer for all reads, as the peaks are compared with one another
+    buffer = bytearray((directory / "global.safetensors").stat().st_size + 4096)
     for count in clients:
-        reading = read_once(directory, count)  # also brings the files into the page cache
+        reading = read_once(directory, count, buffer)  # also brings the files into the page cache
         before = reset_peak()
         begin = time.process_time()
         updates = [read_update(directory, index, state) for index in range(count)]
@@ -70,7 +72,7 @@ def merge(directory: Path, clients: Sequence[int]) -> Iterator[dict[str, float]]
             "before": before,
             "peak": peak_bytes(),
             "merging": merging,
-            "reading": min(reading, read_once(directory, count)),
+            "reading": min(reading, read_once(directory, count, buffer)),
         }
 
 
@@ -87,15 +89,14 @@ def read_update(directory: Path, index: int, state: GlobalState) -> Update:
     )
 
 
-def read_once(directory: Path, clients: int) -> float:
-    """Read the clients' files once into one reused buffer; return the CPU seconds."""
+def read_once(directory: Path, clients: int, buffer: bytearray) -> float:
+    """Read the clients' files once into the buffer, each from its start; return the CPU seconds."""
     paths = [
         path
         for index in range(clients)
         for kind in ("client", "mask")
         if (path := directory / f"{kind}.{index:03}.safetensors").exists()
     ]
-    buffer = bytearray(max(path.stat().st_size for path in paths))
     begin = time.process_time()
     for path in paths:
         with path.open("rb", buffering=0) as file:
