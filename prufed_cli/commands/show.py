@@ -54,7 +54,7 @@ def _lines(artifact: Artifact) -> list[str]:
     ]
     lines += [f"parent      {parent.ref}  {parent.digest}" for parent in manifest.parents]
     lines += [f"recipe      {_compact(manifest.recipe)}"]
-    lines += [f"{key:<12}{_compact(value)}" for key, value in sorted(manifest.details.items())]
+    lines += [f"{key:<11} {_compact(value)}" for key, value in sorted(manifest.details.items())]
     lines += [f"metric      {key} = {value}" for key, value in sorted(manifest.metrics.items())]
     lines += [
         f"made with   {', '.join(f'{k} {v}' for k, v in sorted(manifest.environment.items()))}"
