@@ -85,7 +85,8 @@ def _console(*, stderr: bool) -> Console:
 
     console = Console(stderr=stderr, highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(stderr=stderr, highlight=False, width=240)
+        # A reader that is no terminal wants whole rows, however long.
+        console = Console(stderr=stderr, highlight=False, width=10_000)
     return console
 
 

@@ -45,6 +45,20 @@ if TYPE_CHECKING:
     from prufed_registry import Artifact, Registry
 
 
+class Speed:
+    """Tokens per second of the client that trains now, between its steps."""
+
+    def __init__(self) -> None:
+        self._last = (time.monotonic(), 0)
+
+    def of(self, step: TuneStep) -> float:
+        """Return the speed of the last step."""
+        now, tokens = time.monotonic(), step.tokens
+        then, before = self._last if step.step > 1 else (self._last[0], 0)
+        self._last = (now, tokens)
+        return (tokens - before) / max(now - then, 1e-9)
+
+
 @dataclass
 class Federation:
     """Everything a run works with.
@@ -142,18 +156,19 @@ class Federation:
                 else:
                     done[name] = adopted
         with self.reporter.task(f"round {index + 1}: tune", total=len(jobs)) as task:
+            speed = Speed()
 
             def on_step(job: Job, step: TuneStep) -> None:
+                task.advance(1 / step.total)
                 task.update(
                     f"round {index + 1}: {job.client.name} step {step.step}/{step.total} "
-                    f"loss {step.loss:.3f}"
+                    f"loss {step.loss:.3f} {speed.of(step):.0f} tokens/s"
                 )
 
             for outcome in self.engine.tune(jobs, on_step):
                 artifact = self._receive(index, outcome)
                 if artifact is not None:
                     done[outcome.job.client.name] = artifact
-                task.advance()
         return {name: done[name] for name in names if name in done}
 
     def _job(self, index: int, client: Client) -> Job:
