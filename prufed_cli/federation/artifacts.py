@@ -37,6 +37,9 @@ class GlobalNames(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._file[self._keys[name]]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._keys  # Mapping's own would read the tensor to find out
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)
 
