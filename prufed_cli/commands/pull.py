@@ -36,11 +36,16 @@ def command(
                 "reference": result.artifact.ref,
                 "digest": result.artifact.digest,
                 "kind": result.artifact.kind,
+                "path": str(result.artifact.path),
+                "repository": result.repository,
                 "commit": result.commit,
                 "already": result.already,
+                "missing_base": result.missing_base.repository if result.missing_base else None,
             }
         )
         return
-    if result.base is not None:
-        telling.warn(f"its base is not here; `prufed pull {result.base[0]}` fetches it")
+    if result.already:
+        telling.note(f"{result.artifact.ref} is the same content; nothing to do")
+    if result.missing_base is not None:
+        telling.warn(f"its base is not here; `prufed pull {repository} --with-base` fetches it")
     print_line(result.artifact.ref)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from prufed_cli.commands.options import Json, Quiet
 from prufed_cli.completion import complete_reference
+
+if TYPE_CHECKING:
+    from prufed_cli.hub import PushResult
 
 
 def command(
@@ -32,17 +35,20 @@ def command(
     telling = reporter(quiet=quiet or as_json)
     result = push(reference, repository, private=not public, with_base=with_base, reporter=telling)
     if as_json:
-        emit_json(
-            {
-                "reference": result.artifact.ref,
-                "repository": result.repository,
-                "tag": result.tag,
-                "commit": result.commit,
-                "url": result.url,
-                "already": result.already,
-            }
-        )
+        emit_json(_document(result) | {"base": _document(result.base) if result.base else None})
         return
     if result.already:
         telling.note(f"{result.repository} has this {result.tag} already; nothing to do")
     print_line(result.url)
+
+
+def _document(result: PushResult) -> dict[str, object]:
+    return {
+        "reference": result.artifact.ref,
+        "digest": result.artifact.digest,
+        "repository": result.repository,
+        "tag": result.tag,
+        "commit": result.commit,
+        "url": result.url,
+        "already": result.already,
+    }

@@ -1,4 +1,4 @@
-"""Where on the Hub an artifact's content is: remembered after a push, a pull or an import."""
+"""Where on the Hub an artifact's content is: remembered after a push or a pull."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from prufed_cli.home import home
 
 if TYPE_CHECKING:
-    from prufed_registry import Artifact
+    from prufed_registry import Artifact, Registry
 
 
 @dataclass(frozen=True)
@@ -20,17 +20,19 @@ class Place:
     Attributes:
         endpoint: the Hub's address.
         repository: ``owner/name``.
-        revision: a tag or a commit.
+        revision: a tag or a commit, what others should ask for.
+        commit: the commit it was.
     """
 
     endpoint: str
     repository: str
     revision: str
+    commit: str
 
 
 def remember(artifact: Artifact, place: Place) -> None:
     """Note that the artifact's content is at ``place``."""
-    path = _path(artifact)
+    path = _path(artifact.digest)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(asdict(place)), encoding="utf-8")
@@ -39,12 +41,30 @@ def remember(artifact: Artifact, place: Place) -> None:
 
 def recall(artifact: Artifact, endpoint: str) -> Place | None:
     """Return where the artifact's content was last seen on that Hub."""
+    place = _read(_path(artifact.digest))
+    return place if place is not None and place.endpoint == endpoint else None
+
+
+def seen(registry: Registry, endpoint: str, repository: str, commit: str) -> Artifact | None:
+    """Return the artifact that a commit of a repository was, if it is still here."""
+    for path in sorted((home() / "hub").glob("*.json")):
+        place = _read(path)
+        if place and (place.endpoint, place.repository, place.commit) == (
+            endpoint,
+            repository,
+            commit,
+        ):
+            digest = f"sha256:{path.stem}"
+            return next((each for each in registry.list() if each.digest == digest), None)
+    return None
+
+
+def _read(path: Path) -> Place | None:
     try:
-        place = Place(**json.loads(_path(artifact).read_text(encoding="utf-8")))
+        return Place(**json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, TypeError):
         return None
-    return place if place.endpoint == endpoint else None
 
 
-def _path(artifact: Artifact) -> Path:
-    return home() / "hub" / f"{artifact.digest.removeprefix('sha256:')}.json"
+def _path(digest: str) -> Path:
+    return home() / "hub" / f"{digest.removeprefix('sha256:')}.json"

@@ -2,25 +2,48 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import shutil
-import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from prufed_cli.errors import INTEGRITY, USAGE, PrufedError
-from prufed_cli.home import home
-from prufed_cli.hub.connection import ORIGINALS, check_repository, connect, hub_errors
-from prufed_cli.hub.places import Place, remember
+from prufed_cli.hub.connection import (
+    MANIFEST,
+    ORIGINALS,
+    check_repository,
+    connect,
+    hub_errors,
+    scratch,
+)
+from prufed_cli.hub.places import Place, remember, seen
+from prufed_cli.models.base import ADAPTER_KINDS, slug
 from prufed_cli.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
-    from prufed_registry import Artifact, Registry
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoSibling
 
-MANIFEST: Final = "prufed.json"
+    from prufed_registry import Artifact, Manifest, Registry
+
 _FOREIGN: Final = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*")
 """What is fetched of a repository that prufed did not push: never a pickle, never code."""
+
+_DUPLICATES: Final = ("consolidated*",)
+"""The same weights in a layout that transformers does not read."""
+
+
+@dataclass(frozen=True)
+class BasePlace:
+    """Where an adapter says that its base is, and what it must be."""
+
+    repository: str
+    revision: str | None
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -32,14 +55,24 @@ class PullResult:
         repository: where from.
         commit: the commit's hash.
         already: whether the same content was here before.
-        base: ``(repository, revision)`` of an adapter's base that is not here.
+        missing_base: where an adapter's base is that is not here.
     """
 
     artifact: Artifact
     repository: str
     commit: str
     already: bool
-    base: tuple[str, str | None] | None = None
+    missing_base: BasePlace | None = None
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """A repository at one commit on disk; the manifest is None if prufed did not push it."""
+
+    directory: Path
+    repository: str
+    commit: str
+    manifest: Manifest | None
 
 
 def pull(
@@ -69,128 +102,197 @@ def pull(
 
     check_repository(repository)
     registry = registry or open_registry()
-    scratch = home() / "tmp"
-    scratch.mkdir(parents=True, exist_ok=True)
-    directory = Path(tempfile.mkdtemp(prefix="pull-", dir=scratch))
-    try:
-        with (
-            reporter.task(f"fetch {repository}"),
-            hub_errors(f"pull {repository}"),
-        ):
-            commit, endpoint = _fetch(repository, revision, directory)
-        base = _base_on_hub(directory)
-        _restore_originals(directory)
-        known = _known(directory, registry)
-        if known is None and base is not None and with_base:
-            pull(base[0], revision=base[1], registry=registry, reporter=reporter)
-        artifact = known or _take(directory, registry, name or _name(repository, directory))
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-    remember(artifact, Place(endpoint, repository, revision or commit))
-    missing = base if base is not None and not _base_is_here(artifact, registry) else None
-    return PullResult(artifact, repository, commit, known is not None, missing)
+    what = f"pull {repository}" + (f" at {revision}" if revision else "")
+    with scratch() as directory, hub_errors(what):
+        api = connect()
+        with reporter.task(f"fetch {repository}"):
+            snapshot = _fetch(api, repository, revision, directory)
+        missing = _missing_base(snapshot, registry)
+        if missing is not None and with_base:
+            _pull_base(missing, registry, reporter)
+            missing = None
+        _restore_originals(snapshot)
+        known = _known(snapshot, registry)
+        artifact = known or _take(snapshot, registry, name)
+    tagged = revision if revision == f"v{artifact.version}" and snapshot.manifest else None
+    place = Place(api.endpoint, repository, tagged or snapshot.commit, snapshot.commit)
+    remember(artifact, place)
+    return PullResult(artifact, repository, snapshot.commit, known is not None, missing)
 
 
 def fetch_base(repository: str, registry: Registry) -> Artifact:
-    """Return the base a Hub id stands for, ``owner/name`` or ``owner/name@revision``."""
+    """Return the base a Hub id stands for, ``owner/name`` or ``owner/name@revision``.
+
+    A commit that was pulled before, and is still here, is not fetched again.
+    """
     name, _, revision = repository.partition("@")
-    return pull(name, revision=revision or None, registry=registry).artifact
+    check_repository(name)
+    with hub_errors(f"pull {repository}"):
+        api = connect()
+        commit = api.model_info(name, revision=revision or None).sha
+        here = seen(registry, api.endpoint, name, str(commit))
+    return here or pull(name, revision=revision or None, registry=registry).artifact
 
 
-def _fetch(repository: str, revision: str | None, directory: Path) -> tuple[str, str]:
-    """Download the repository; return its commit and the Hub's address."""
-    api = connect()
-    info = api.model_info(repository, revision=revision)
-    names = {sibling.rfilename for sibling in info.siblings or []}
-    ours = MANIFEST in names
-    if not ours and not any(name.endswith(".safetensors") for name in names):
+def _fetch(api: HfApi, repository: str, revision: str | None, directory: Path) -> _Snapshot:
+    """Download what is wanted of a repository."""
+    info = api.model_info(repository, revision=revision, files_metadata=True)
+    siblings, commit = info.siblings or [], str(info.sha)
+    names = [sibling.rfilename for sibling in siblings]
+    _check_names(repository, names)
+    manifest = None
+    if MANIFEST in names:
+        api.hf_hub_download(repository, MANIFEST, revision=commit, local_dir=directory)
+        manifest = _read_manifest(repository, directory)
+        wanted = [each for each in names if each in manifest.files or each.startswith(ORIGINALS)]
+    else:
+        wanted = _foreign_files(repository, names)
+    api.snapshot_download(
+        repository,
+        revision=commit,
+        local_dir=directory,
+        allow_patterns=[glob.escape(each) for each in wanted],
+    )
+    shutil.rmtree(directory / ".cache", ignore_errors=True)
+    _check_large_files(repository, directory, siblings)
+    return _Snapshot(directory, repository, commit, manifest)
+
+
+def _check_names(repository: str, names: Sequence[str]) -> None:
+    """Refuse a listing that names a place outside the directory it is fetched into."""
+    from prufed_registry.names import is_safe_path
+
+    for name in names:
+        if not is_safe_path(name):
+            raise PrufedError(
+                f"{repository} lists {name!r}, which does not stay inside a directory",
+                "do not use this repository",
+                INTEGRITY,
+            )
+
+
+def _read_manifest(repository: str, directory: Path) -> Manifest:
+    from prufed_registry.digests import read_payload
+    from prufed_registry.errors import Damaged
+    from prufed_registry.manifest import parse_manifest
+
+    try:
+        return parse_manifest(read_payload(directory, repository), repository)
+    except Damaged as error:
+        raise PrufedError(
+            error.message, "pull it again, or ask its owner to push it again", INTEGRITY
+        ) from error
+
+
+def _foreign_files(repository: str, names: Sequence[str]) -> list[str]:
+    """Return what to fetch of a repository that prufed did not push."""
+    top = [name for name in names if "/" not in name and not _fits(name, _DUPLICATES)]
+    if not any(name.endswith(".safetensors") for name in top):
         raise PrufedError(
             f"{repository} has no safetensors weights",
             "pickled checkpoints are never read; convert it to safetensors first",
             USAGE,
         )
-    api.snapshot_download(
-        repository,
-        revision=info.sha,
-        local_dir=directory,
-        allow_patterns=None if ours else list(_FOREIGN),
-        ignore_patterns=[".gitattributes"],
-    )
-    shutil.rmtree(directory / ".cache", ignore_errors=True)
-    return str(info.sha), str(api.endpoint)
+    if "config.json" not in top:
+        kind = "an adapter that prufed did not push" if "adapter_config.json" in top else "no model"
+        raise PrufedError(
+            f"{repository} is {kind}: it has no config.json",
+            "pull the repository of a transformers model",
+            USAGE,
+        )
+    return [name for name in top if _fits(name, _FOREIGN)]
 
 
-def _base_on_hub(directory: Path) -> tuple[str, str | None] | None:
-    """Return where an adapter says its base is."""
-    config = _json(directory / "adapter_config.json")
-    base = config.get("base_model_name_or_path") if config else None
-    if not isinstance(base, str) or base.count("/") != 1:
+def _fits(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _check_large_files(repository: str, directory: Path, siblings: Sequence[RepoSibling]) -> None:
+    """Compare what came from the large-file storage with the hashes the repository states."""
+    from prufed_registry.durable import hash_file
+
+    for sibling in siblings:
+        path = directory / sibling.rfilename
+        if sibling.lfs and path.is_file() and hash_file(path) != sibling.lfs.sha256:
+            raise PrufedError(
+                f"{sibling.rfilename} of {repository} is not what the repository says",
+                "pull it again, or ask its owner to push it again",
+                INTEGRITY,
+            )
+
+
+def _missing_base(snapshot: _Snapshot, registry: Registry) -> BasePlace | None:
+    """Return where an adapter's base is, if that is not here."""
+    manifest = snapshot.manifest
+    if manifest is None or manifest.kind not in ADAPTER_KINDS or not manifest.parents:
         return None
-    return base, config.get("revision") if config else None
+    digest = manifest.parents[0].digest
+    if any(each.digest == digest for each in registry.list()):
+        return None
+    try:
+        text = (snapshot.directory / "adapter_config.json").read_text(encoding="utf-8")
+        config = json.loads(text)
+        repository, revision = str(config["base_model_name_or_path"]), config.get("revision")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # the comparison with the manifest says what is wrong with the file
+    return BasePlace(repository, str(revision) if revision else None, digest)
 
 
-def _restore_originals(directory: Path) -> None:
+def _pull_base(base: BasePlace, registry: Registry, reporter: Reporter) -> None:
+    """Pull an adapter's base, and refuse one that the adapter was not trained on."""
+    pulled = pull(base.repository, revision=base.revision, registry=registry, reporter=reporter)
+    if pulled.artifact.digest != base.digest:
+        raise PrufedError(
+            f"{base.repository} holds {pulled.artifact.digest[:19]}, "
+            f"but the adapter was trained on {base.digest[:19]}",
+            "ask the adapter's owner where its base is",
+            INTEGRITY,
+        )
+
+
+def _restore_originals(snapshot: _Snapshot) -> None:
     """Put the published bytes of files back that the Hub has in another form."""
-    originals = directory / ORIGINALS
-    manifest = _json(directory / MANIFEST)
-    if manifest is None:
+    originals = snapshot.directory / ORIGINALS
+    if snapshot.manifest is None or not originals.is_dir():
         return
-    stated = manifest.get("files")
-    if not isinstance(stated, dict):
-        raise PrufedError("its prufed.json is not a manifest", "pull it again", INTEGRITY)
-    if originals.is_dir():
-        for file in sorted(originals.iterdir()):
-            if file.name in stated:
-                file.replace(directory / file.name)
-        shutil.rmtree(originals)
-    for name in ("README.md",):
-        if name not in stated:
-            (directory / name).unlink(missing_ok=True)
+    for file in sorted(originals.iterdir()):
+        if file.name in snapshot.manifest.files and file.is_file():
+            file.replace(snapshot.directory / file.name)
+    shutil.rmtree(originals)
 
 
-def _known(directory: Path, registry: Registry) -> Artifact | None:
+def _known(snapshot: _Snapshot, registry: Registry) -> Artifact | None:
     """Return the artifact of the same content and making, if it is here already."""
     from prufed_registry import fingerprint
     from prufed_registry.transfer import directory_digest
 
-    digest = directory_digest(directory)
-    manifest = _json(directory / MANIFEST)
-    key = manifest.get("fingerprint") if manifest else None
-    wanted = key or fingerprint("base", [], {"command": "import", "digest": digest})
-    found = registry.find(str(wanted))
+    manifest = snapshot.manifest
+    if manifest is None:
+        digest = directory_digest(snapshot.directory)
+        made = fingerprint("base", [], {"command": "import", "digest": digest})
+    else:
+        _check_content(snapshot, manifest)
+        digest, made = manifest.digest, manifest.fingerprint
+    found = registry.find(made)
     return found if found is not None and found.digest == digest else None
 
 
-def _take(directory: Path, registry: Registry, name: str | None) -> Artifact:
-    return registry.import_directory(directory, name=name, kind="base")
+def _check_content(snapshot: _Snapshot, manifest: Manifest) -> None:
+    from prufed_registry.durable import hash_file
+
+    for path, entry in manifest.files.items():
+        file = snapshot.directory / path
+        if not file.is_file() or hash_file(file) != entry.sha256:
+            raise PrufedError(
+                f"{path} of {snapshot.repository} is not what its manifest says",
+                "pull it again, or ask its owner to push it again",
+                INTEGRITY,
+            )
 
 
-def _name(repository: str, directory: Path) -> str | None:
-    """Return a name for a foreign repository; ours says its own."""
-    from prufed_cli.models.base import slug
-
-    return None if (directory / MANIFEST).is_file() else slug(repository.split("/")[1])
-
-
-def _base_is_here(artifact: Artifact, registry: Registry) -> bool:
-    from prufed_registry.errors import NotFound
-
-    parent = artifact.parents[0] if artifact.parents else None
-    if parent is None:
-        return True
-    here = {each.digest for each in registry.list()}
-    try:
-        registry.resolve(parent.ref)
-    except NotFound:
-        return parent.digest in here
-    return True
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise PrufedError(f"{path.name} is not JSON", "pull it again", INTEGRITY) from error
-    return content if isinstance(content, dict) else None
+def _take(snapshot: _Snapshot, registry: Registry, name: str | None) -> Artifact:
+    """Publish what was fetched; a foreign base records where it is from."""
+    if snapshot.manifest is None:
+        name = name or slug(snapshot.repository.split("/")[1])
+    source = f"{snapshot.repository}@{snapshot.commit}"
+    return registry.import_directory(snapshot.directory, name=name, kind="base", source=source)

@@ -1,30 +1,32 @@
-"""Push an artifact: one commit on the head we saw, one tag, and a comparison of what arrived."""
+"""Push an artifact: one commit on the head we saw, a comparison of what arrived, one tag."""
 
 from __future__ import annotations
 
-import json
+import io
+from collections import deque
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, BinaryIO
 
 from prufed_cli.errors import FAILED, INTEGRITY, USAGE, PrufedError
-from prufed_cli.hub.card import model_card
-from prufed_cli.hub.connection import ORIGINALS, check_repository, connect, hub_errors
+from prufed_cli.hub.connection import check_repository, check_signed_in, connect, hub_errors
+from prufed_cli.hub.content import (
+    Content,
+    check_arrived,
+    manifest_at,
+    repository_files,
+    stale_files,
+)
 from prufed_cli.hub.places import Place, recall, remember
-from prufed_cli.models.base import ADAPTER_KINDS, base_of
+from prufed_cli.models.base import ADAPTER_KINDS, MODEL_KINDS, base_of
 from prufed_cli.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
     from prufed_registry import Artifact, Registry
-
-MANIFEST: Final = "prufed.json"
-_KEPT: Final = frozenset({".gitattributes"})
-
-Content = Path | bytes
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,42 @@ def push(
             f"`prufed verify {artifact.ref}` lists everything",
             INTEGRITY,
         )
+    what = f"push {artifact.ref} to {repository}"
+    check_signed_in(what)
     api = connect()
-    with hub_errors(f"push {artifact.ref} to {repository}"):
-        base, place = _base_place(api, artifact, repository, private, with_base, registry, reporter)
-        with reporter.task(f"push {artifact.ref} to {repository}"):
-            return _push(api, artifact, repository, private, place, base)
+    base, place = None, None
+    with hub_errors(what):
+        if artifact.kind in ADAPTER_KINDS:
+            model = base_of(artifact, registry)
+            place = _place_of(api, model)
+            if place is None and with_base:
+                base = _push_base(model, repository, private, registry, reporter)
+                place = recall(model, api.endpoint)
+            elif place is None:
+                raise PrufedError(
+                    f"the base of {artifact.ref}, {model.ref}, is not on the Hub",
+                    f"`prufed push {artifact.ref} {repository} --with-base` pushes both",
+                    USAGE,
+                )
+        else:
+            place = _nearest_ancestor(api, artifact, registry)
+        with reporter.task(what):
+            files = repository_files(artifact, registry.lineage(artifact.ref), place)
+            return _push(api, artifact, repository, private, files, base)
+
+
+def _push_base(
+    model: Artifact, repository: str, private: bool, registry: Registry, reporter: Reporter
+) -> PushResult:
+    """Push the base of an adapter to a repository of its own beside the adapter's."""
+    target = f"{repository.split('/')[0]}/{model.name}"
+    if target == repository:
+        raise PrufedError(
+            f"{repository} cannot hold both the adapter and its base {model.ref}",
+            "push the adapter to a repository of another name",
+            USAGE,
+        )
+    return push(model.ref, target, private=private, registry=registry, reporter=reporter)
 
 
 def _push(
@@ -97,167 +130,109 @@ def _push(
     artifact: Artifact,
     repository: str,
     private: bool,
-    base_place: Place | None,
+    files: Mapping[str, Content],
     base: PushResult | None,
 ) -> PushResult:
+    """Create the repository if need be, then commit, compare and tag, unless that is all done."""
     tag = f"v{artifact.version}"
-    api.create_repo(repository, private=private, exist_ok=True)
     url = f"{api.endpoint}/{repository}/tree/{tag}"
+    api.create_repo(repository, private=private, exist_ok=True)
+    tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repository).tags}
+    commit = tags.get(tag)
+    if commit is not None:
+        _check_same(api, artifact, repository, tag)
+    else:
+        commit = _commit(api, artifact, repository, files)
+        check_arrived(api, repository, commit, artifact, files)
+        api.create_tag(repository, tag=tag, revision=commit)
+    remember(artifact, Place(api.endpoint, repository, tag, commit))
+    return PushResult(artifact, repository, tag, commit, url, already=tag in tags, base=base)
+
+
+def _check_same(api: HfApi, artifact: Artifact, repository: str, tag: str) -> None:
+    """Refuse a tag that holds something else than the artifact."""
     there = _digest_at(api, repository, tag)
-    if there is not None and there != artifact.digest:
+    if there != artifact.digest:
         raise PrufedError(
-            f"{repository} has another {tag} ({there[:19]})",
+            f"{repository} has another {tag} ({there[:19] if there else 'not of prufed'}), "
+            f"not {artifact.digest[:19]}",
             "push to another repository, or delete the tag there",
             FAILED,
         )
-    if there is not None:
-        commit = str(api.model_info(repository, revision=tag).sha)
-        remember(artifact, Place(api.endpoint, repository, tag))
-        return PushResult(artifact, repository, tag, commit, url, already=True, base=base)
-    head = api.model_info(repository).sha
-    files = repository_files(artifact, base_place)
-    commit = _commit(api, repository, files, artifact, head)
-    api.create_tag(repository, tag=tag, revision=commit, exist_ok=False)
-    _compare(api, repository, tag, artifact)
-    remember(artifact, Place(api.endpoint, repository, tag))
-    return PushResult(artifact, repository, tag, commit, url, already=False, base=base)
 
 
-def _base_place(
-    api: HfApi,
-    artifact: Artifact,
-    repository: str,
-    private: bool,
-    with_base: bool,
-    registry: Registry,
-    reporter: Reporter,
-) -> tuple[PushResult | None, Place | None]:
-    """Return where the base of an adapter, or of a sub-model, is on the Hub; push it if asked."""
-    if artifact.kind in ADAPTER_KINDS:
-        base = base_of(artifact, registry)
-    elif artifact.parents:
-        base = registry.resolve(artifact.parents[0].ref)
-        return None, recall(base, api.endpoint)
-    else:
-        return None, None
-    place = recall(base, api.endpoint)
-    if place is not None and _exists(api, place):
-        return None, place
-    if not with_base:
-        raise PrufedError(
-            f"the base of {artifact.ref}, {base.ref}, is not on the Hub",
-            f"`prufed push {artifact.ref} {repository} --with-base` pushes both",
-            USAGE,
-        )
-    owner = repository.split("/")[0]
-    pushed = push(
-        base.ref, f"{owner}/{base.name}", private=private, registry=registry, reporter=reporter
-    )
-    return pushed, Place(api.endpoint, pushed.repository, pushed.tag)
+def _digest_at(api: HfApi, repository: str, revision: str) -> str | None:
+    manifest = manifest_at(api, repository, revision)
+    return str(manifest.get("digest")) if manifest else None
 
 
-def _exists(api: HfApi, place: Place) -> bool:
+def _place_of(api: HfApi, artifact: Artifact) -> Place | None:
+    """Return where an artifact is on the Hub, if what was seen there still is."""
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    try:
-        api.model_info(place.repository, revision=place.revision)
-    except (RepositoryNotFoundError, RevisionNotFoundError):
-        return False
-    return True
-
-
-def _digest_at(api: HfApi, repository: str, tag: str) -> str | None:
-    """Return the artifact digest stated at a tag; None if there is no such tag."""
-    if tag not in {ref.name for ref in api.list_repo_refs(repository).tags}:
+    place = recall(artifact, api.endpoint)
+    if place is None:
         return None
-    from huggingface_hub.errors import EntryNotFoundError
-
     try:
-        path = api.hf_hub_download(repository, MANIFEST, revision=tag)
-    except EntryNotFoundError:
-        return "an unknown digest"
-    stated = json.loads(Path(path).read_text(encoding="utf-8"))
-    return str(stated.get("digest", "an unknown digest"))
+        info = api.model_info(place.repository, revision=place.revision)
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        return None
+    return place if info.sha == place.commit else None
 
 
-def repository_files(artifact: Artifact, base: Place | None) -> dict[str, Content]:
-    """Return what a repository holds: the artifact's files, two of them in the Hub's own form.
-
-    The model card gets the metadata that the Hub reads, and an adapter names its base by
-    repository and revision; the published bytes of both lie under :data:`ORIGINALS`.
-    """
-    files: dict[str, Content] = {
-        path: artifact.path / path for path in (*artifact.manifest.files, MANIFEST)
-    }
-    replaced: dict[str, bytes] = {"README.md": model_card(artifact, base).encode()}
-    if "adapter_config.json" in files and base is not None:
-        config = json.loads((artifact.path / "adapter_config.json").read_text(encoding="utf-8"))
-        config |= {"base_model_name_or_path": base.repository, "revision": base.revision}
-        replaced["adapter_config.json"] = (json.dumps(config, indent=2) + "\n").encode()
-    for path, content in replaced.items():
-        if path in files:
-            files[ORIGINALS + path] = files[path]
-        files[path] = content
-    return files
+def _nearest_ancestor(api: HfApi, artifact: Artifact, registry: Registry) -> Place | None:
+    """Return where the nearest model that this one was made from is on the Hub."""
+    waiting = deque(registry.lineage(artifact.ref).parents)
+    looked_at = set()
+    while waiting:
+        node = waiting.popleft()
+        if node.artifact is None or node.digest in looked_at:
+            continue
+        looked_at.add(node.digest)
+        if node.artifact.kind in MODEL_KINDS and (place := _place_of(api, node.artifact)):
+            return place
+        waiting += node.parents
+    return None
 
 
-def _commit(
-    api: HfApi,
-    repository: str,
-    files: Mapping[str, Content],
-    artifact: Artifact,
-    head: str | None,
-) -> str:
-    """Make one commit on ``head`` that leaves exactly these files, and return its hash."""
+def _commit(api: HfApi, artifact: Artifact, repository: str, files: Mapping[str, Content]) -> str:
+    """Make one commit on the head that leaves exactly this version, and return its hash."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-    from huggingface_hub.errors import HfHubHTTPError
 
-    present = set(api.list_repo_files(repository, revision=head))
-    stale = sorted(present - files.keys() - _KEPT)
-    deletions = [CommitOperationDelete(path_in_repo=path) for path in stale]
-
-    def send(additions: list[CommitOperationAdd]) -> str:
+    head = str(api.model_info(repository).sha)
+    deletions = [CommitOperationDelete(path) for path in stale_files(api, repository, head, files)]
+    with ExitStack() as stack:
+        xet = _speaks_xet(api, repository)
+        additions = [
+            CommitOperationAdd(path, _whole(content) if xet else _opened(content, stack))
+            for path, content in sorted(files.items())
+        ]
         made = api.create_commit(
             repository,
             [*additions, *deletions],
             commit_message=f"{artifact.ref} ({artifact.digest})",
             parent_commit=head,
         )
-        return str(made.oid)
-
-    try:
-        return send([CommitOperationAdd(path, _plain(files[path])) for path in sorted(files)])
-    except HfHubHTTPError as error:
-        if "xet-write-token" not in str(getattr(error.response, "url", "")):
-            raise
-    # This Hub does not speak Xet. Files given as open objects go over LFS.
-    with ExitStack() as stack:
-        opened = {
-            path: content if isinstance(content, bytes) else stack.enter_context(content.open("rb"))
-            for path, content in files.items()
-        }
-        return send([CommitOperationAdd(path, opened[path]) for path in sorted(opened)])
+    return str(made.oid)
 
 
-def _plain(content: Content) -> str | bytes:
+def _speaks_xet(api: HfApi, repository: str) -> bool:
+    """Say whether the Hub gives a token for Xet; the client itself does not ask before it starts.
+
+    Where it does not, files given as open objects go over LFS.
+    """
+    from huggingface_hub import get_session
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+    url = f"{api.endpoint}/api/models/{repository}/xet-write-token/main"
+    return bool(get_session().get(url, headers=build_hf_headers()).is_success)
+
+
+def _whole(content: Content) -> str | bytes:
     return content if isinstance(content, bytes) else str(content)
 
 
-def _compare(api: HfApi, repository: str, tag: str, artifact: Artifact) -> None:
-    """Compare the large files' SHA-256 and every file's size with the manifest."""
-    info = api.model_info(repository, revision=tag, files_metadata=True)
-    arrived = {sibling.rfilename: sibling for sibling in info.siblings or []}
-    for path, entry in artifact.manifest.files.items():
-        stored = arrived.get(ORIGINALS + path) or arrived.get(path)
-        if stored is None:
-            raise PrufedError(f"{path} did not arrive in {repository}", "push again", INTEGRITY)
-        if stored.lfs is not None and stored.lfs.sha256 != entry.sha256:
-            raise PrufedError(
-                f"{path} arrived in {repository} with another SHA-256", "push again", INTEGRITY
-            )
-        if stored.size is not None and stored.size != entry.size:
-            raise PrufedError(
-                f"{path} arrived in {repository} with {stored.size} bytes, not {entry.size}",
-                "push again",
-                INTEGRITY,
-            )
+def _opened(content: Content, stack: ExitStack) -> BinaryIO:
+    if isinstance(content, Path):
+        return stack.enter_context(content.open("rb"))
+    return io.BytesIO(content)
