@@ -218,7 +218,12 @@ class Registry:
         return export(self.resolve(reference), Path(directory), base)
 
     def import_directory(
-        self, directory: Path, name: str | None = None, kind: str = "base"
+        self,
+        directory: Path,
+        name: str | None = None,
+        kind: str = "base",
+        *,
+        source: str | None = None,
     ) -> Artifact:
         """Publish a copy of a directory in Hugging Face layout.
 
@@ -229,6 +234,7 @@ class Registry:
             directory: where it is.
             name: what to publish it under; the manifest's name or the directory's if None.
             kind: what it is, where no manifest says so.
+            source: where it is from, where no manifest says so; the directory's name if None.
 
         Raises:
             NotFound: there is no such directory.
@@ -237,7 +243,7 @@ class Registry:
         """
         from prufed_registry.transfer import import_directory
 
-        return import_directory(self, Path(directory), name, kind)
+        return import_directory(self, Path(directory), name, kind, source)
 
     def save_evaluation(
         self, artifact_digest: str, task_digest: str, payload: Mapping[str, Any]

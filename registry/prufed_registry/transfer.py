@@ -83,7 +83,9 @@ def directory_digest(directory: Path) -> str:
     return content_digest(entries)
 
 
-def import_directory(registry: Registry, directory: Path, name: str | None, kind: str) -> Artifact:
+def import_directory(
+    registry: Registry, directory: Path, name: str | None, kind: str, source: str | None
+) -> Artifact:
     """Publish a copy of a directory; see `Registry.import_directory`."""
     if not directory.exists():
         raise NotFound(f"there is no directory {directory}", "check the path")
@@ -91,13 +93,15 @@ def import_directory(registry: Registry, directory: Path, name: str | None, kind
         raise InvalidRequest(f"{directory} is not a directory", "give a model's directory")
     if (directory / MANIFEST).exists():
         return _import_published(registry, directory, name)
-    return _import_model(registry, directory, name, kind)
+    source = source or directory.resolve().name
+    return _import_model(registry, directory, name, kind, source)
 
 
-def _import_model(registry: Registry, directory: Path, name: str | None, kind: str) -> Artifact:
+def _import_model(
+    registry: Registry, directory: Path, name: str | None, kind: str, source: str
+) -> Artifact:
     names.check_kind(kind)
-    source = directory.resolve().name
-    name = _name_or_slug(name, source)
+    name = _name_or_slug(name, directory.resolve().name)
     found = [path for path in regular_files(directory) if not _is_hidden(path)]
     for path in found:
         check_no_pickle(path)
