@@ -39,8 +39,9 @@ def command(
         return
     for line in _lines(artifact):
         print_line(line)
-    for task_digest, payload in evaluations.items():
-        print_line(f"evaluated   {task_digest[:19]} {_compact(payload.get('summary', {}))}")
+    for payload in evaluations.values():
+        shown = {key: value for key, value in payload.items() if key != "per_document"}
+        print_line(f"evaluated   {_compact(shown)}")
 
 
 def _lines(artifact: Artifact) -> list[str]:
@@ -56,9 +57,9 @@ def _lines(artifact: Artifact) -> list[str]:
     lines += [f"recipe      {_compact(manifest.recipe)}"]
     lines += [f"{key:<11} {_compact(value)}" for key, value in sorted(manifest.details.items())]
     lines += [f"metric      {key} = {value}" for key, value in sorted(manifest.metrics.items())]
-    lines += [
-        f"made with   {', '.join(f'{k} {v}' for k, v in sorted(manifest.environment.items()))}"
-    ]
+    if manifest.environment:
+        made = ", ".join(f"{name} {version}" for name, version in manifest.environment.items())
+        lines.append(f"made with   {made}")
     lines += [f"file        {path}  {entry.size} bytes" for path, entry in manifest.files.items()]
     return lines
 
