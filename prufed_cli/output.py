@@ -7,7 +7,6 @@ stdout carries only what a script may want: a reference as the last line, a tabl
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -84,7 +83,7 @@ def _console(*, stderr: bool) -> Console:
     from rich.console import Console
 
     console = Console(stderr=stderr, highlight=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
+    if not console.is_terminal:
         # A reader that is no terminal wants whole rows, however long.
         console = Console(stderr=stderr, highlight=False, width=10_000)
     return console
