@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
-import sys
+import os
 from collections.abc import Iterable, Sequence
 
 import typer
@@ -38,21 +39,20 @@ def run(arguments: Sequence[str]) -> int:
     verb = arguments[0] if arguments else ""
     if verb and not verb.startswith("-") and verb not in ALL_VERBS:
         return _unknown(verb)
-    app = build([verb] if verb in ALL_VERBS else ALL_VERBS)
+    command = typer.main.get_command(build([verb] if verb in ALL_VERBS else ALL_VERBS))
+    if "_PRUFED_COMPLETE" in os.environ:
+        command.main(args=list(arguments), prog_name="prufed")  # answers the shell and exits
     try:
-        result = typer.main.get_command(app).main(
-            args=list(arguments), prog_name="prufed", standalone_mode=False
-        )
-    except typer.Abort:
-        sys.stderr.write("interrupted\n")
-        return errors.INTERRUPTED
+        # Not main(): it makes an exit code of Ctrl-C and forgets what could be said about it.
+        with command.make_context("prufed", list(arguments)) as context:
+            command.invoke(context)
+    except typer.Exit as done:
+        return done.exit_code
     except BrokenPipeError:
-        # The reader went away (`prufed list | head`): the usual silence.
-        sys.stderr.close()
-        return errors.FAILED
+        raise
     except Exception as error:
         return _report(error)
-    return result if isinstance(result, int) else errors.OK
+    return errors.OK
 
 
 def _root() -> None:
@@ -87,12 +87,28 @@ def _report(error: Exception) -> int:
         path = context.command_path if context else "prufed"
         print_error(format_message(), f"`{path} --help` lists the options")
         return errors.USAGE
-    import errno
+    return _report_storage(error)
 
-    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+
+
+def _report_storage(error: Exception) -> int:
+    from prufed_cli.home import home
+    from prufed_cli.output import print_error
+    from prufed_registry.durable import is_full_disk
+
+    if is_full_disk(error):
+        filename = getattr(error, "filename", None) or home()
         print_error(
-            f"no space left on the device while writing {error.filename or 'a file'}",
+            f"cannot write: the disk of {filename} is full",
             "free some space (`prufed gc` may help) and run the command again",
+        )
+        return errors.FAILED
+    if isinstance(error, OSError) and error.errno in _REFUSED:
+        print_error(
+            f"cannot use {error.filename or home()}: {(error.strerror or str(error)).lower()}",
+            "check the path and its permissions; PRUFED_HOME says where prufed keeps its files",
         )
         return errors.FAILED
     raise error

@@ -13,6 +13,18 @@ INTEGRITY: Final = 5
 INTERRUPTED: Final = 130
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during work that can be taken up again.
+
+    Attributes:
+        hint: how it goes on.
+    """
+
+    def __init__(self, hint: str) -> None:
+        super().__init__(hint)
+        self.hint = hint
+
+
 class PrufedError(Exception):
     """Something the user can mend: one sentence, and a hint that says what to do.
 

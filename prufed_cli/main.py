@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Final
 
@@ -71,7 +72,22 @@ def help_text() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not _completing():
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt as interrupt:
+        hint = getattr(interrupt, "hint", None)
+        sys.stderr.write(f"interrupted; {hint}\n" if hint else "interrupted\n")
+        return 130
+    except BrokenPipeError:
+        # The reader went away (`prufed list | head`): what is left to say goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code
+
+
+def _run(arguments: list[str]) -> int:
+    if "_PRUFED_COMPLETE" not in os.environ:
         if not arguments or arguments[0] in {"-h", "--help"}:
             sys.stdout.write(help_text())
             return 0 if arguments else 2
@@ -81,9 +97,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from prufed_cli.app import run
 
     return run(arguments)
-
-
-def _completing() -> bool:
-    import os
-
-    return "_PRUFED_COMPLETE" in os.environ

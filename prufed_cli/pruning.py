@@ -93,10 +93,13 @@ def prune(
     """
     from prufed_cli.home import open_registry
     from prufed_cli.models.base import choose_device, choose_dtype, find_base, load_tokenizer
-    from prufed_cli.models.calibration import calibration_batches
+    from prufed_cli.models.calibration import LONGEST, calibration_batches
     from prufed_plugins.discover import build
     from prufed_registry import Parent, fingerprint
+    from prufed_registry.names import check_name
 
+    if request.name is not None:
+        check_name(request.name)
     target = parse_target(request)
     pruner: Pruner = build("pruner", request.method, dict(request.settings or {}))
     _check_target(pruner, target, request)
@@ -106,13 +109,15 @@ def prune(
     reporter.note(f"base {base.ref}")
     calibration = None
     if pruner.needs_calibration:
+        positions = _positions(base)
+        _check_length(request, base, positions)
         with reporter.task("read calibration text"):
             calibration = calibration_batches(
                 request.calibration,
                 load_tokenizer(base, trust_remote_code=trust_remote_code),
                 samples=request.samples,
                 length=request.length,
-                longest=_longest_sequence(base),
+                longest=min(positions or LONGEST, LONGEST),
                 seed=request.seed,
             )
     recipe = _recipe(request, calibration, dtype)
@@ -209,10 +214,24 @@ def _check_target(pruner: Pruner, target: PruneTarget, request: PruneRequest) ->
         )
 
 
-def _longest_sequence(base: Artifact) -> int:
-    config = json.loads((base.path / "config.json").read_text())
-    longest = config.get("max_position_embeddings") or config.get("n_positions") or 2048
-    return min(int(longest), 2048)
+def _positions(base: Artifact) -> int | None:
+    """Return how many tokens the base takes; None where its configuration does not say."""
+    config = json.loads((base.path / "config.json").read_text(encoding="utf-8"))
+    config = config.get("text_config", config)
+    for key in ("max_position_embeddings", "n_positions", "n_ctx"):
+        if isinstance(config.get(key), int) and config[key] > 0:
+            return int(config[key])
+    return None
+
+
+def _check_length(request: PruneRequest, base: Artifact, positions: int | None) -> None:
+    if request.length is not None and positions is not None and request.length > positions:
+        raise PrufedError(
+            f"calibration length {request.length} is more than the {positions} positions of "
+            f"{base.ref}",
+            f"use --length {positions} or less",
+            USAGE,
+        )
 
 
 def _recipe(request: PruneRequest, calibration: Calibration | None, dtype: str) -> dict[str, Any]:

@@ -23,6 +23,8 @@ def command(
 
     registry = open_registry()
     artifacts = registry.list(name=name, kind=kind)
+    if name is not None and not artifacts and not registry.list(name=name):
+        registry.resolve(name)  # raises, and names what is near
     if as_json:
         emit_json(
             {

@@ -12,9 +12,16 @@ from prufed_cli.completion import complete_run
 if TYPE_CHECKING:
     from prufed_cli.federation.journal import Event
 
-app = typer.Typer(help="List runs, show one, or go on with one.", no_args_is_help=True)
+app = typer.Typer(help="List runs, show one, or go on with one.")
 
 RunId = Annotated[str, typer.Argument(autocompletion=complete_run)]
+
+
+@app.callback(invoke_without_command=True)
+def runs(context: typer.Context, as_json: Json = False) -> None:
+    """List runs, show one, or go on with one."""
+    if context.invoked_subcommand is None:
+        list_command(as_json)
 
 
 @app.command("list")

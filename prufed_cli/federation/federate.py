@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prufed_cli.errors import INTEGRITY, USAGE, PrufedError
+from prufed_cli.errors import INTEGRITY, USAGE, Interrupted, PrufedError
 from prufed_cli.federation import journal
 from prufed_cli.federation.plan import Plan, describe, make_plan
 from prufed_cli.progress import SILENT, Reporter
+from prufed_plugins.errors import MethodError
 
 if TYPE_CHECKING:
     from prufed_cli.config import FederationConfig
@@ -80,16 +82,35 @@ def federate(
         with run.locked():
             # Another process may have written to the journal until it released the lock.
             run = journal.load(runs, resume)
-            return _finish(prepare(run, _planned(run, registry), registry, reporter))
+            with _resumable(run, reporter):
+                return _finish(prepare(run, _planned(run, registry), registry, reporter))
     plan = make_plan(config or _load(clients), registry)
     run = start(plan, runs)
     reporter.note(f"run {run.id}")
     try:
-        with run.locked():
+        with run.locked(), _resumable(run, reporter):
             return _finish(prepare(run, plan, registry, reporter))
     except BaseException:
         if run.find("round") is None:
             run.discard()  # nothing has been trained: a run that could not begin is not resumed
+        raise
+
+
+@contextmanager
+def _resumable(run: journal.Run, reporter: Reporter) -> Iterator[None]:
+    """Say how a run goes on that Ctrl-C, a full disk or a bug has broken off."""
+    how = f"`prufed federate --resume {run.id}` goes on"
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if run.find("round") is None:
+            raise
+        raise Interrupted(how) from interrupt
+    except (PrufedError, MethodError):
+        raise  # the same again after a resume, unless its hint has been followed
+    except Exception:
+        if run.find("round") is not None:
+            reporter.note(how)
         raise
 
 
@@ -110,7 +131,11 @@ def set_values(config: FederationConfig, settings: Mapping[str, Any]) -> Federat
         for parent in parents:
             section = section.setdefault(parent, {})
             if not isinstance(section, dict):
-                raise PrufedError(f"--set {key}: {parent} is not a section", exit_code=USAGE)
+                raise PrufedError(
+                    f"--set {key}: {parent} is not a section",
+                    "write --set section.key=value, such as tuner.lr=1e-4",
+                    USAGE,
+                )
         section[leaf] = value
     return validated(document)
 

@@ -152,6 +152,8 @@ def _base_directory(base: str, registry: Registry) -> Path | None:
     directory = Path(base).expanduser()
     if base.startswith((".", "/", "~")) or (directory / "config.json").is_file():
         return directory
+    if base.count("/") == 1:
+        return None
     try:
         return registry.resolve(base).path
     except NotFound:
@@ -159,8 +161,6 @@ def _base_directory(base: str, registry: Registry) -> Path | None:
             from prufed_cli.assets import embedded_model
 
             return embedded_model()
-        if base.count("/") == 1:
-            return None
         raise
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from prufed_registry import Artifact
+    from prufed_registry import Artifact, Parent
 
 MASKS_FILE: Final = "prufed-masks.safetensors"
 """The masks of an element-wise pruned base, beside its weights."""
@@ -64,20 +64,24 @@ def find_artifact(reference: str | None, registry: Registry) -> Artifact:
     Raises:
         PrufedError: nothing of that name exists here or on the Hub.
     """
-    wanted = reference or default_base()
+    wanted = default_base() if reference is None else reference
     directory = Path(wanted).expanduser()
-    if wanted.startswith((".", "/", "~")) or (directory / "config.json").is_file():
+    if wanted and (wanted.startswith((".", "/", "~")) or _is_local(directory, wanted)):
         if not directory.is_dir():
             raise PrufedError(f"no directory {wanted}", "give a model directory", NOT_FOUND)
         return import_base(directory, registry, name=slug(directory.resolve().name))
+    if _HUB_ID.fullmatch(wanted):
+        return _from_hub(wanted, registry)
     try:
         return registry.resolve(wanted)
     except NotFound:
         if wanted == EMBEDDED_NAME:
             return _embedded(registry)
-        if _HUB_ID.fullmatch(wanted):
-            return _from_hub(wanted, registry)
         raise
+
+
+def _is_local(directory: Path, wanted: str) -> bool:
+    return (directory / "config.json").is_file() or ("/" in wanted and directory.is_dir())
 
 
 def find_base(reference: str | None, registry: Registry) -> Artifact:
@@ -198,7 +202,8 @@ def load_model(
     """Load a model artifact in evaluation mode.
 
     Raises:
-        PrufedError: no such device or dtype, or transformers cannot open the directory.
+        PrufedError: no such device or dtype, transformers cannot open the directory, or its weights
+            are not those its configuration speaks of.
     """
     where = choose_device(device)
     chosen = choose_dtype(dtype, where)
@@ -206,20 +211,45 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             artifact.path,
             dtype=chosen,
             local_files_only=True,
             trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,  # refused below, in one sentence
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise PrufedError(
             f"{artifact.ref} cannot be opened as a causal language model: {first_line(error)}",
             f"`prufed verify {artifact.ref}` checks its files",
         ) from error
+    _check_complete(artifact, loading)
     model.eval().requires_grad_(False)
     loaded: PreTrainedModel = model.to(where)
     return loaded
+
+
+def _check_complete(artifact: Artifact, loading: Mapping[str, Any]) -> None:
+    """Refuse weights that transformers would fill up with random numbers."""
+    from prufed_cli.errors import INTEGRITY
+
+    hint = f"compare its config.json with its weights; `prufed show {artifact.ref}` lists both"
+    for name, stored, wanted in sorted(loading["mismatched_keys"]):
+        raise PrufedError(
+            f"{artifact.ref}: {name} is stored as {list(stored)}, but config.json makes it "
+            f"{list(wanted)}",
+            hint,
+            INTEGRITY,
+        )
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise PrufedError(
+            f"{artifact.ref} lacks weights that its config.json speaks of: {missing[0]}{more}",
+            hint,
+            INTEGRITY,
+        )
 
 
 def load_tokenizer(
@@ -265,11 +295,8 @@ def base_of(adapter: Artifact, registry: Registry) -> Artifact:
     from prufed_cli.errors import INTEGRITY
 
     for parent in adapter.manifest.parents:
-        try:
-            candidate = registry.resolve(parent.ref)
-        except NotFound:
-            continue
-        if candidate.kind in MODEL_KINDS:
+        candidate = _parent(parent, registry)
+        if candidate is not None and candidate.kind in MODEL_KINDS:
             if candidate.digest != parent.digest:
                 raise PrufedError(
                     f"{adapter.ref} was trained on {parent.ref} ({parent.digest[:19]}), "
@@ -283,6 +310,17 @@ def base_of(adapter: Artifact, registry: Registry) -> Artifact:
         f"`prufed lineage {adapter.ref}` names it",
         NOT_FOUND,
     )
+
+
+def _parent(parent: Parent, registry: Registry) -> Artifact | None:
+    """Return a parent by its reference, or by its content: what was pulled is numbered anew."""
+    try:
+        named = registry.resolve(parent.ref)
+    except NotFound:
+        named = None
+    if named is not None and named.digest == parent.digest:
+        return named
+    return next((each for each in registry.list() if each.digest == parent.digest), named)
 
 
 def load_reference(

@@ -1,0 +1,10 @@
+"""``python -m prufed_cli``: the same as ``prufed``."""
+
+from __future__ import annotations
+
+import sys
+
+from prufed_cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())
