@@ -20,9 +20,7 @@ KNOWN = {*RUN, "console", "text", "json", "jsonl", "yaml", "toml"}
 
 
 @pytest.fixture
-def reader(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prufed_home: Path
-) -> Iterator[Reader]:
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prufed_home: Path) -> Iterator[Reader]:
     monkeypatch.chdir(tmp_path)
     environment, path, modules = dict(os.environ), list(sys.path), set(sys.modules)
     yield Reader(tmp_path)
