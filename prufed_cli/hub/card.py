@@ -43,13 +43,13 @@ def model_card(lineage: Lineage, artifact: Artifact, base: Place | None) -> str:
 def _facts(lineage: Lineage, artifact: Artifact) -> list[str]:
     manifest = artifact.manifest
     recipe, details = manifest.recipe, manifest.details
-    method = recipe.get("method")
+    method = recipe.get("plugin")
     versions = ", ".join(f"{key} {value}" for key, value in sorted(manifest.environment.items()))
     return [
         "## Provenance",
         "",
         f"- published as `{artifact.ref}`, kind {artifact.kind}, {artifact.digest}",
-        *([f"- method: {_text(method)}"] if method is not None else []),
+        *([f"- method: {method}"] if isinstance(method, str) else []),
         *([f"- sparsity, as counted: {details['sparsity']:.4f}"] if _is_number(details) else []),
         *(f"- {key}: {_text(value)}" for key, value in sorted(manifest.metrics.items())),
         *(f"- made from `{parent.ref}` ({parent.digest})" for parent in manifest.parents),

@@ -17,7 +17,7 @@ from prufed_registry import Parent, Registry
 from tests.hub.server import Hub, serving
 
 TOKEN = "hf_secretsecretsecretsecretsecret"
-WORDS = ["[UNK]", "</s>", *"the cat sees a red dog and then two small birds sing".split()]
+WORDS = ["[UNK]", "</s>", "the", "cat", "sees", "a", "red", "dog", "and", "two", "birds", "sing"]
 
 
 @dataclass
@@ -35,6 +35,11 @@ class Machine:
         """Run a command line on this machine and return its exit code."""
         self.take_turn(self.home)
         return main(list(arguments))
+
+    @property
+    def leftovers(self) -> list[Path]:
+        """What pushes and pulls should have cleaned away."""
+        return sorted((self.home / "tmp").glob("*"))
 
 
 @pytest.fixture(scope="session")
@@ -97,7 +102,7 @@ def _publish_adapter(registry: Registry) -> None:
             "fed",
             "global-adapter",
             parents=[Parent(base.ref, base.digest)],
-            recipe={"command": "federate", "method": "heteagg"},
+            recipe={"command": "federate", "plugin": "heteagg"},
             metrics={"loss": 1.25},
         )
 
@@ -134,3 +139,18 @@ def sender(stocked: Path, tmp_path: Path, take_turn: Callable[[Path], None]) -> 
 def receiver(tmp_path: Path, take_turn: Callable[[Path], None]) -> Machine:
     """A machine with nothing."""
     return Machine(tmp_path / "receiver", take_turn)
+
+
+@pytest.fixture
+def failure(capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
+    """Return the one sentence a command ended with; its hint must follow, and nothing else."""
+
+    def read() -> str:
+        out, err = capsys.readouterr()
+        sentence, hint = err.splitlines()[-2:]
+        assert sentence.startswith("error: ")
+        assert hint.startswith("hint: ")
+        assert TOKEN not in out + err
+        return sentence.removeprefix("error: ")
+
+    return read

@@ -114,12 +114,14 @@ class Fault:
         status: the answer; None breaks the connection off instead.
         times: how often.
         after: bytes of the answer's body that still arrive before the connection breaks.
+        page: the HTML that a proxy or a login page would answer instead.
     """
 
     pattern: str
     status: int | None = 500
     times: int = 1_000
     after: int | None = None
+    page: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -500,7 +502,9 @@ def application(hub: Hub) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
         request = Request(scope["method"], path, query, headers, body)
         hub.requests.append(request)
         fault = hub.fault(request)
-        if fault is not None and fault.status is not None:
+        if fault is not None and fault.page is not None:
+            answer = Answer(200, fault.page, {"content-type": "text/html"})
+        elif fault is not None and fault.status is not None:
             answer = _json({"error": "Internal Error - We're working on it"}, fault.status)
         else:
             answer = hub.answer(request)
