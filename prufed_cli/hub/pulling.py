@@ -37,6 +37,9 @@ _DUPLICATES: Final = ("consolidated*",)
 """The same weights in a layout that transformers does not read."""
 
 
+_AGAIN: Final = "pull it again, or ask its owner to push it again"
+
+
 @dataclass(frozen=True)
 class BasePlace:
     """Where an adapter says that its base is, and what it must be."""
@@ -142,9 +145,9 @@ def _fetch(api: HfApi, repository: str, revision: str | None, directory: Path) -
     _check_names(repository, names)
     manifest = None
     if MANIFEST in names:
-        api.hf_hub_download(repository, MANIFEST, revision=commit, local_dir=directory)
-        manifest = _read_manifest(repository, directory)
+        manifest = _fetch_manifest(api, repository, commit)
         wanted = [each for each in names if each in manifest.files or each.startswith(ORIGINALS)]
+        wanted.append(MANIFEST)
     else:
         wanted = _foreign_files(repository, names)
     api.snapshot_download(
@@ -171,17 +174,22 @@ def _check_names(repository: str, names: Sequence[str]) -> None:
             )
 
 
-def _read_manifest(repository: str, directory: Path) -> Manifest:
+def _fetch_manifest(api: HfApi, repository: str, commit: str) -> Manifest:
+    """Return the manifest of what prufed pushed.
+
+    It is fetched apart: into a directory that holds something, the client takes what is there for
+    the snapshot if the listing fails.
+    """
     from prufed_registry.digests import read_payload
     from prufed_registry.errors import Damaged
     from prufed_registry.manifest import parse_manifest
 
-    try:
-        return parse_manifest(read_payload(directory, repository), repository)
-    except Damaged as error:
-        raise PrufedError(
-            error.message, "pull it again, or ask its owner to push it again", INTEGRITY
-        ) from error
+    with scratch() as directory:
+        api.hf_hub_download(repository, MANIFEST, revision=commit, local_dir=directory)
+        try:
+            return parse_manifest(read_payload(directory, repository), repository)
+        except Damaged as error:
+            raise PrufedError(error.message, _AGAIN, INTEGRITY) from error
 
 
 def _foreign_files(repository: str, names: Sequence[str]) -> list[str]:
@@ -216,7 +224,7 @@ def _check_large_files(repository: str, directory: Path, siblings: Sequence[Repo
         if sibling.lfs and path.is_file() and hash_file(path) != sibling.lfs.sha256:
             raise PrufedError(
                 f"{sibling.rfilename} of {repository} is not what the repository says",
-                "pull it again, or ask its owner to push it again",
+                _AGAIN,
                 INTEGRITY,
             )
 
@@ -285,7 +293,7 @@ def _check_content(snapshot: _Snapshot, manifest: Manifest) -> None:
         if not file.is_file() or hash_file(file) != entry.sha256:
             raise PrufedError(
                 f"{path} of {snapshot.repository} is not what its manifest says",
-                "pull it again, or ask its owner to push it again",
+                _AGAIN,
                 INTEGRITY,
             )
 

@@ -120,7 +120,7 @@ class Fault:
     pattern: str
     status: int | None = 500
     times: int = 1_000
-    after: int | None = None
+    after: int = 0
     page: bytes | None = None
 
 
@@ -515,8 +515,6 @@ def application(hub: Hub) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
 
 async def _reply(send: Send, request: Request, answer: Answer, fault: Fault | None) -> None:
     broken = fault is not None and fault.status is None
-    if fault is not None and broken and fault.after is None:
-        raise ConnectionAbortedError("broken off before the answer")
     headers = answer.headers | {"content-length": str(len(answer.body))}
     pairs = [(key.encode(), value.encode()) for key, value in headers.items()]
     await send({"type": "http.response.start", "status": answer.status, "headers": pairs})
