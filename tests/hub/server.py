@@ -529,7 +529,8 @@ async def _reply(send: Send, request: Request, answer: Answer, fault: Fault | No
 @contextmanager
 def serving(hub: Hub, port: int = 0) -> Iterator[str]:
     """Serve a Hub on 127.0.0.1 from a thread of this process; give its address."""
-    listener = socket.socket()
+    # Said outright, so that asyncio sends without delay.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(("127.0.0.1", port))
     config = uvicorn.Config(application(hub), log_level="critical", lifespan="off", ws="none")
