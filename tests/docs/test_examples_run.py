@@ -12,9 +12,10 @@ from docs_reading import blocks, name_of, pages
 from docs_running import Reader
 
 from prufed_plugins import discover
+from tests.hub.server import Hub, serving
 
 RUN = {"bash", "python", "yaml", "toml"}
-"""Blocks that are followed; ``console`` is for what cannot run here (the Hub, a GPU, an hour)."""
+"""Blocks that are followed; ``console`` is for what cannot run here: the network, a GPU, minutes."""
 
 KNOWN = {*RUN, "console", "text", "json", "jsonl", "yaml", "toml"}
 
@@ -34,13 +35,28 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prufed_home: Path) -
     discover._installed.cache_clear()
 
 
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Hub in this process, for the page that pushes and pulls."""
+    token = "hf_tokenoftheexamples"
+    with serving(Hub(token)) as address:
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        monkeypatch.setenv("HF_TOKEN", token)
+        # The client's constants are set when it is imported.
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf-cache"))
+        yield
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "page",
     [page for page in pages() if any(block.language in RUN for block in blocks(page))],
     ids=name_of,
 )
-def test_the_page_runs(page: Path, reader: Reader) -> None:
+def test_the_page_runs(page: Path, reader: Reader, request: pytest.FixtureRequest) -> None:
+    if name_of(page) == "tasks/hub.md":
+        request.getfixturevalue("hub")
     for block in blocks(page):
         reader.follow(block)
 
