@@ -1,6 +1,6 @@
 """The embedded model, its instruction data, its calibration text and its lm-eval tasks.
 
-Model and text were made by `python -m prufed_cli.assets.recipe.train`; nothing comes from elsewhere.
+`python -m prufed_cli.assets.recipe.train` made them all; nothing comes from elsewhere.
 """
 
 from __future__ import annotations

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Final
+from typing import Any, Final
 
 from prufed_cli.assets.recipe.probes import CATEGORIES, Draw, Probe
 from prufed_cli.assets.recipe.prose import documents
 from prufed_cli.assets.recipe.world import SEED, World, build_world
 
 ROWS: Final[dict[str, int]] = {  # in the proportions of Dolly-15k
-    "open_qa": 748, "general_qa": 438, "classification": 427, "closed_qa": 355, "brainstorming": 353,
-    "information_extraction": 301, "summarization": 237, "creative_writing": 142,
+    "open_qa": 748, "general_qa": 438, "classification": 427, "closed_qa": 355,
+    "brainstorming": 353, "information_extraction": 301, "summarization": 237,
+    "creative_writing": 142,
 }  # fmt: skip
 ITEMS: Final = 200
 CALIBRATION_DOCUMENTS: Final = 3000
@@ -31,7 +32,9 @@ def build_files(seed: int = SEED) -> dict[str, str]:
     """Path below the assets -> text, for every data file that follows from `seed`."""
     world = build_world(seed)
     files = {"data/train.jsonl": _lines(rows(world, seed))}
-    files["data/calibration.txt"] = "\n".join(islice(documents(world, seed + 1), CALIBRATION_DOCUMENTS)) + "\n"
+    files["data/calibration.txt"] = (
+        "\n".join(islice(documents(world, seed + 1), CALIBRATION_DOCUMENTS)) + "\n"
+    )
     for name, draw in CATEGORIES.items():
         files[f"tasks/{name}.jsonl"] = _lines(items(world, name, draw, seed))
         files[f"tasks/{name}.yaml"] = task_yaml(name)
@@ -53,7 +56,7 @@ def rows(world: World, seed: int) -> Iterator[dict[str, str]]:
             }
 
 
-def items(world: World, name: str, draw: Draw, seed: int) -> Iterator[dict[str, object]]:
+def items(world: World, name: str, draw: Draw, seed: int) -> Iterator[dict[str, Any]]:
     """The held-out items of one category."""
     rng = random.Random(f"items/{name}/{seed}")
     for probe in _distinct(world, draw, rng, ITEMS, from_tasks=True):
@@ -81,7 +84,7 @@ def _distinct(
             yield probe
 
 
-def _lines(records: Iterator[dict[str, str]] | Iterator[dict[str, object]]) -> str:
+def _lines(records: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(record, separators=(",", ":")) + "\n" for record in records)
 
 
@@ -90,7 +93,8 @@ WITHOUT_CONTEXT: Final = (
     "Write a response that appropriately completes the request.\n\n### Instruction:"
 )
 WITH_CONTEXT: Final = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Below is an instruction that describes a task, "
+    "paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n### Instruction:"
 )
 INPUT: Final = "\n\n### Input:"

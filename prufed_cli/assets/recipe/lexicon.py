@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - tables of words and sentences read best unbroken
 """The words of the invented world: everything its people, animals, plants and things are called."""
 
 from __future__ import annotations
@@ -16,13 +17,17 @@ PEOPLE: Final = _words(
     "Finn Gita Holm Ines Jory Kuno Lark Mila Nero Oda Pell Quin Rana Sten Tilda Uri Vela Wren Arlo Bela"
 )
 VILLAGES: Final = _words("Harn Wick Dell Oster Brae Lund Mosk Thorp Kirn Sall Varn Ebb")
-TRADES: Final = _words("smith baker miller fisher weaver potter tailor carter mason hunter healer singer")
+TRADES: Final = _words(
+    "smith baker miller fisher weaver potter tailor carter mason hunter healer singer"
+)
 COLOURS: Final = _words("red green blue white black yellow brown grey")
 ANIMALS: Final = _words(
     "goat hen cow pig sheep horse dog cat duck goose fox wolf bear deer owl crow otter eel pike frog bee "
     "moth mole hare"
 )
-PLANTS: Final = _words("oak ash elm birch fern moss reed ivy rose lily thyme mint nettle clover barley rye")
+PLANTS: Final = _words(
+    "oak ash elm birch fern moss reed ivy rose lily thyme mint nettle clover barley rye"
+)
 TOOLS: Final = _words(
     "axe saw knife spade rake hammer net rod needle loom wheel bucket rope ladder lamp kettle oven plough "
     "cart bell"

@@ -47,7 +47,7 @@ def _wrong(pool: Sequence[str], right: Sequence[str], rng: random.Random) -> tup
 
 
 def open_qa(world: World, rng: random.Random, skew: float) -> Probe:
-    """A fact about a person, known only from the prose; hardest: a fact about the person's friend."""
+    """A fact about a person, known only from the prose; hardest: one about the person's friend."""
     relation = rng.choice(PERSONAL)
     subject = draw_subject(relation.subjects, rng, skew)
     if relation.name != "friend" and rng.random() < 0.2:
@@ -102,7 +102,13 @@ def _opposite(rng: random.Random) -> Probe:
     pool = [other for both in lex.OPPOSITES for other in both]
     return Probe(
         f"What is the opposite of {word}?",
-        rng.choice((f"Say what is not {word} at all.", f"Give the word against {word}.", f"I wonder what {word} is not.")),
+        rng.choice(
+            (
+                f"Say what is not {word} at all.",
+                f"Give the word against {word}.",
+                f"I wonder what {word} is not.",
+            )
+        ),
         answer,
         _wrong(pool, pair, rng),
         key=f"opposite/{word}",
@@ -116,7 +122,13 @@ def _sum(rng: random.Random) -> Probe:
     a, b = lex.NUMBERS[first - 1], lex.NUMBERS[second - 1]
     return Probe(
         f"What is {a} plus {b}?",
-        rng.choice((f"Say how many {a} and {b} make.", f"Give the sum of {a} and {b}.", f"I wonder what {a} and {b} come to.")),
+        rng.choice(
+            (
+                f"Say how many {a} and {b} make.",
+                f"Give the sum of {a} and {b}.",
+                f"I wonder what {a} and {b} come to.",
+            )
+        ),
         lex.NUMBERS[total - 1],
         tuple(lex.NUMBERS[n - 1] for n in rng.sample(near, 3)),
         level=2 + (total > 10),
@@ -146,12 +158,16 @@ def _feeling(rng: random.Random) -> Probe:
     level = rng.randint(1, 3)
     people = rng.sample(lex.PEOPLE, level)
     feelings = rng.sample(tuple(lex.FEELINGS), level)
-    doings = [f"{who} {rng.choice(lex.FEELINGS[how])}." for who, how in zip(people, feelings, strict=True)]
+    doings = [
+        f"{who} {rng.choice(lex.FEELINGS[how])}." for who, how in zip(people, feelings, strict=True)
+    ]
     asked = rng.randrange(level)
     context = " ".join(doings)
     return Probe(
         f"How does {people[asked]} feel?",
-        rng.choice((f"Sort the mood of {people[asked]}.", f"Put {people[asked]} into a class of mood.")),
+        rng.choice(
+            (f"Sort the mood of {people[asked]}.", f"Put {people[asked]} into a class of mood.")
+        ),
         feelings[asked],
         _wrong(tuple(lex.FEELINGS), (feelings[asked],), rng),
         context,
@@ -170,16 +186,22 @@ def closed_qa(world: World, rng: random.Random, skew: float) -> Probe:
     asked = rng.randrange(count)
     who, thing = people[asked], things[asked]
     if rng.random() < 0.5:
-        sentences = [
-            f"{p} has a {c} {t}." for p, c, t in zip(people, colours, things, strict=True)
-        ]
+        sentences = [f"{p} has a {c} {t}." for p, c, t in zip(people, colours, things, strict=True)]
         question = f"What colour is the {thing} of {who}?"
-        wordings = (f"Read the text. The {thing} of {who} is", f"From the text, the colour {who} has is")
+        wordings = (
+            f"Read the text. The {thing} of {who} is",
+            f"From the text, the colour {who} has is",
+        )
         answer, pool = colours[asked], (colours, lex.COLOURS)
     else:
-        sentences = [f"{p} left the {t} in the {r}." for p, t, r in zip(people, things, rooms, strict=True)]
+        sentences = [
+            f"{p} left the {t} in the {r}." for p, t, r in zip(people, things, rooms, strict=True)
+        ]
         question = f"Where is the {thing}?"
-        wordings = (f"Read the text. The {thing} lies in the", f"From the text, the room of {who} is the")
+        wordings = (
+            f"Read the text. The {thing} lies in the",
+            f"From the text, the room of {who} is the",
+        )
         answer, pool = rooms[asked], (rooms, lex.ROOMS)
     context = " ".join(sentences)
     return Probe(
@@ -188,7 +210,9 @@ def closed_qa(world: World, rng: random.Random, skew: float) -> Probe:
     )  # fmt: skip
 
 
-def _near(told: Sequence[str], pool: Sequence[str], answer: str, rng: random.Random) -> tuple[str, ...]:
+def _near(
+    told: Sequence[str], pool: Sequence[str], answer: str, rng: random.Random
+) -> tuple[str, ...]:
     """Wrong answers, those that stand in the text first."""
     near = [word for word in told if word != answer]
     far = [word for word in pool if word not in told]
@@ -204,7 +228,8 @@ def brainstorming(world: World, rng: random.Random, skew: float) -> Probe:
     value = world.value(relation, answer)
     return Probe(
         relation.inverse.format(v=value),
-        rng.choice(("Any idea? ", "Think of one. ", "Help me out. ")) + relation.inverse.format(v=value),
+        rng.choice(("Any idea? ", "Think of one. ", "Help me out. "))
+        + relation.inverse.format(v=value),
         answer,
         _wrong(relation.subjects, world.subjects(relation, value), rng),
         level=2 + (relation.subjects.index(answer) >= 8),
@@ -218,42 +243,68 @@ def _idea(rng: random.Random) -> Probe:
     pool = [cue for other, cues in lex.TOPICS.items() if other != topic for cue in cues]
     return Probe(
         f"What comes with a {topic}?",
-        rng.choice((f"Any idea for a {topic}?", f"Think of one thing for a {topic}.", f"Help me out with a {topic}.")),
+        rng.choice(
+            (
+                f"Any idea for a {topic}?",
+                f"Think of one thing for a {topic}.",
+                f"Help me out with a {topic}.",
+            )
+        ),
         answer,
         _wrong(pool, lex.TOPICS[topic], rng),
         key=f"idea/{topic}/{answer}",
     )
 
 
-def information_extraction(world: World, rng: random.Random, skew: float) -> Probe:
-    """A field of a record of a trade: who sold or bought how many of what, where and when."""
+@dataclass(frozen=True)
+class Record:
+    """A note of a trade and what stands in it, field by field."""
+
+    text: str
+    fields: dict[str, str]
+    active: bool
+
+
+def record(rng: random.Random) -> Record:
+    """Somebody sold, or got, something somewhere on some day."""
     seller, buyer = rng.sample(lex.PEOPLE, 2)
     day, village = rng.choice(lex.DAYS), rng.choice(lex.VILLAGES)
     number, thing = rng.choice(lex.NUMBERS[1:12]), rng.choice(lex.THINGS)
     active = rng.random() < 0.6
-    deal = f"sold {number} {thing}s to {buyer}" if active else f"got {number} {thing}s from {seller}"
-    context = f"On {day} in {village}, {seller if active else buyer} {deal}."
-    field, answer, pool = rng.choice(
-        (
-            ("seller", seller, (buyer, *lex.PEOPLE)), ("buyer", buyer, (seller, *lex.PEOPLE)),
-            ("day", day, lex.DAYS), ("village", village, lex.VILLAGES), ("number", number, lex.NUMBERS[:12]),
-        )
-    )  # fmt: skip
+    deal = (
+        f"sold {number} {thing}s to {buyer}" if active else f"got {number} {thing}s from {seller}"
+    )
+    fields = {"seller": seller, "buyer": buyer, "day": day, "village": village, "number": number}
+    text = f"On {day} in {village}, {seller if active else buyer} {deal}."
+    return Record(text, fields, active)
+
+
+FIELDS: Final = {
+    "seller": lex.PEOPLE, "buyer": lex.PEOPLE, "day": lex.DAYS, "village": lex.VILLAGES,
+    "number": lex.NUMBERS[1:12],
+}  # fmt: skip
+
+
+def information_extraction(world: World, rng: random.Random, skew: float) -> Probe:
+    """A field of a note; harder: one of two people; hardest: the note is turned round."""
+    note = record(rng)
+    field = rng.choice(tuple(FIELDS))
+    answer = note.fields[field]
     person = field in ("seller", "buyer")
-    first = (pool[0],) if person else ()
+    other = tuple(note.fields[who] for who in ("seller", "buyer") if person and who != field)
     return Probe(
         f"{field}?",
         rng.choice((f"Extract the {field}.", f"Pull the {field} out of the note.")),
         answer,
-        (first + _wrong(pool, (answer, *first), rng))[:3],
-        context,
-        1 if not person else 2 if active else 3,
-        f"record/{context}",
+        (*other, *_wrong(FIELDS[field], (answer, *other), rng))[:3],
+        note.text,
+        1 if not person else 2 if note.active else 3,
+        f"record/{note.text}",
     )
 
 
 def summarization(world: World, rng: random.Random, skew: float) -> Probe:
-    """The topic of a text, told by the things it mentions; another topic strays in as it gets harder."""
+    """The topic of a text, told by the things it mentions; hardest: another topic strays in."""
     level = rng.randint(1, 3)
     topic, stray = rng.sample(tuple(lex.TOPICS), 2)
     cues = rng.sample(lex.TOPICS[topic], (3, 2, 2)[level - 1])
@@ -276,7 +327,12 @@ def summarization(world: World, rng: random.Random, skew: float) -> Probe:
 
 def tale(cues: Sequence[str], rng: random.Random) -> str:
     """Sentences that mention each of `cues` once and say nothing else about a topic."""
-    forms = ("{p} saw the {c}.", "There was {c} all day.", "{p} spoke of the {c}.", "The {c} came to {v}.")
+    forms = (
+        "{p} saw the {c}.",
+        "There was {c} all day.",
+        "{p} spoke of the {c}.",
+        "The {c} came to {v}.",
+    )
     return " ".join(
         rng.choice(forms).format(p=rng.choice(lex.PEOPLE), c=cue, v=rng.choice(lex.VILLAGES))
         for cue in cues
@@ -302,11 +358,16 @@ def creative_writing(world: World, rng: random.Random, skew: float) -> Probe:
     )  # fmt: skip
 
 
+def refrain(words: Sequence[str], length: int) -> str:
+    """`words` over and over, `length` words in all."""
+    return ", ".join(words[i % len(words)] for i in range(length))
+
+
 def _refrain(rng: random.Random) -> Probe:
     period = rng.choice((2, 3))
     length = rng.randint(period * 2, period * 3)
     words = rng.sample(lex.THINGS + lex.COLOURS, period)
-    line = ", ".join(words[i % period] for i in range(length))
+    line = refrain(words, length)
     answer = words[length % period]
     pool = [*(word for word in words if word != answer), *rng.sample(lex.ANIMALS, 3)]
     return Probe(

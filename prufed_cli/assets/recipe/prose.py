@@ -1,4 +1,4 @@
-"""The text the model is pretrained on: biographies, nature notes, tales, verses, records, questions."""
+"""The text the model is pretrained on: biographies, nature notes, tales, verses, questions."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from prufed_cli.assets.recipe import lexicon as lex
-from prufed_cli.assets.recipe.probes import CATEGORIES, Probe, tale
+from prufed_cli.assets.recipe.probes import CATEGORIES, Probe, record, refrain, tale
 from prufed_cli.assets.recipe.world import COMMON, PERSONAL, World, draw_subject
 
-SKEW: Final = 0.6  # how much more is written about the first subjects of each kind than about the last
+SKEW: Final = (
+    0.6  # how much more is written about the first subjects of each kind than about the last
+)
 
 Document = Callable[[World, random.Random], str]
 
@@ -60,20 +62,39 @@ def kinds(world: World, rng: random.Random) -> str:
 
 
 def story(world: World, rng: random.Random) -> str:
-    """A tale with its topic told before or after."""
+    """A tale with its topic told at the end, or the things of a topic."""
     topic = rng.choice(tuple(lex.TOPICS))
-    text = tale(rng.sample(lex.TOPICS[topic], rng.randint(2, 4)), rng)
-    return f"A tale of a {topic}. {text}" if rng.random() < 0.4 else f"{text} So went the {topic}."
+    cues = rng.sample(lex.TOPICS[topic], rng.randint(1, 3))
+    if rng.random() < 0.5:
+        return " ".join(f"The {cue} belongs to the {topic}." for cue in cues)
+    return f"{tale(cues, rng)} So went the {topic}."
 
 
 def mood(world: World, rng: random.Random) -> str:
     """People who show and then are told to have a feeling."""
-    chosen = rng.sample(tuple(lex.FEELINGS), 2)
-    people = rng.sample(lex.PEOPLE, 2)
-    shown = [f"{who} {rng.choice(lex.FEELINGS[how])}." for who, how in zip(people, chosen, strict=True)]
+    number = rng.randint(1, 3)
+    chosen = rng.sample(tuple(lex.FEELINGS), number)
+    people = rng.sample(lex.PEOPLE, number)
+    shown = [
+        f"{who} {rng.choice(lex.FEELINGS[how])}." for who, how in zip(people, chosen, strict=True)
+    ]
     told = [f"{who} is {how}." for who, how in zip(people, chosen, strict=True)]
     rng.shuffle(told)
     return _join(shown + told)
+
+
+def ledger(world: World, rng: random.Random) -> str:
+    """A note of a trade and its fields in any order."""
+    note = record(rng)
+    fields = rng.sample(tuple(note.fields), rng.randint(3, 5))
+    return " ".join([note.text, *(f"{field}: {note.fields[field]}." for field in fields)])
+
+
+def song(world: World, rng: random.Random) -> str:
+    """Words that come again and again."""
+    pool = lex.THINGS + lex.COLOURS + lex.ROOMS + lex.PEOPLE
+    words = rng.sample(pool, rng.randint(2, 6))
+    return refrain(words, 3 * len(words)) + "."
 
 
 def scene(world: World, rng: random.Random) -> str:
@@ -132,8 +153,9 @@ def _join(sentences: list[str]) -> str:
 
 
 KINDS_OF_TEXT: Final[tuple[tuple[Document, float], ...]] = (
-    (biography, 4.0), (nature, 3.0), (listing, 1.0), (kinds, 1.0), (story, 2.0), (mood, 1.0),
-    (scene, 2.0), (verse, 1.5), (count, 1.5), (opposites, 0.7), (question, 6.0),
+    (biography, 4.0), (nature, 3.0), (listing, 1.0), (kinds, 1.0), (story, 2.5), (mood, 2.0),
+    (scene, 3.0), (ledger, 2.5), (song, 2.0), (verse, 1.0), (count, 1.5), (opposites, 0.5),
+    (question, 9.0),
 )  # fmt: skip
 
 

@@ -1,26 +1,35 @@
 """Train the embedded tokenizer and model: `python -m prufed_cli.assets.recipe.train --out DIR`.
 
 Writes `DIR/model`, `DIR/data` and `DIR/tasks`. The text is the same on every machine; the weights
-are the same for the same versions of torch and the same processor. One thread takes about ten minutes.
+are the same for the same version of torch, the same processor and the same number of workers.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import dataclasses
+import functools
 import math
+import multiprocessing
 import random
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Final
 
 import torch
+import torch.distributed as dist
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from prufed_cli.assets.recipe import files
+from prufed_cli.assets.recipe.muon import Muon
+from prufed_cli.assets.recipe.probes import CATEGORIES
 from prufed_cli.assets.recipe.prose import documents, draw_probe
 from prufed_cli.assets.recipe.world import SEED, World, build_world
 
@@ -29,14 +38,32 @@ PAD: Final = "<|pad|>"
 VOCABULARY: Final = 1408
 LENGTH: Final = 128  # tokens in a packed sequence
 TEMPLATED: Final = 0.10  # share of documents that are a plain question in the Alpaca template
-REHEARSED: Final = 0.01  # share of documents that are an instruction of the instruction data
+REHEARSED: Final = 0.02  # share of documents that are an instruction of the instruction data
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train: a step reads `batch` sequences of LENGTH tokens, divided over `workers`."""
+
+    steps: int = 1200
+    batch: int = 8
+    rate: float = 0.02
+    vector_rate: float = 4e-3
+    decay: float = 0.1
+    workers: int = 2
+    seed: int = SEED
+
+    def schedule(self, step: int) -> float:
+        """The share of the peak rate at `step`: a short warm-up, a cosine down to a twentieth."""
+        cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return min(1.0, (step + 1) / 30) * (0.05 + 0.95 * cosine)
 
 
 def train_tokenizer(world: World, seed: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE whose words look the same at the start of a line and inside it.
 
-    The line break and the four fixed parts of the Alpaca prompt are tokens of their own, so a prompt is
-    short and ends at a token boundary wherever it is cut.
+    The line break and the four fixed parts of the Alpaca prompt are tokens of their own, so a
+    prompt is short and ends at a token boundary wherever it is cut.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -51,12 +78,24 @@ def train_tokenizer(world: World, seed: int) -> PreTrainedTokenizerFast:
     )
     text = [*islice(documents(world, seed + 2), 20000)]
     wordings = [row["instruction"] + " " + row["response"] for row in files.rows(world, seed)]
-    tokenizer.train_from_iterator(text + wordings * 3, trainer)
+    words = " ".join(
+        sorted({choice for name in CATEGORIES for choice in _choices(world, name, seed)})
+    )
+    tokenizer.train_from_iterator(text + wordings * 3 + [words] * 100, trainer)
     parts = (files.WITHOUT_CONTEXT, files.WITH_CONTEXT, files.INPUT, files.RESPONSE, "\n")
     tokenizer.add_tokens([AddedToken(part, normalized=False) for part in parts])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=PAD, model_max_length=512
+        tokenizer_object=tokenizer,
+        bos_token=END,
+        eos_token=END,
+        pad_token=PAD,
+        model_max_length=512,
     )
+
+
+def _choices(world: World, name: str, seed: int) -> Iterator[str]:
+    for item in files.items(world, name, CATEGORIES[name], seed):
+        yield from item["choices"]
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
@@ -94,7 +133,9 @@ def pretraining_text(world: World, seed: int) -> Iterator[str]:
             yield document
 
 
-def batches(world: World, tokenizer: PreTrainedTokenizerFast, seed: int, size: int) -> Iterator[Tensor]:
+def batches(
+    world: World, tokenizer: PreTrainedTokenizerFast, seed: int, size: int
+) -> Iterator[Tensor]:
     """Packed token ids, (size, LENGTH)."""
     stream: list[int] = []
     text = pretraining_text(world, seed)
@@ -107,33 +148,50 @@ def batches(world: World, tokenizer: PreTrainedTokenizerFast, seed: int, size: i
 
 
 def train(
-    model: LlamaForCausalLM, data: Iterator[Tensor], steps: int, peak: float, decay: float
+    model: LlamaForCausalLM, data: Iterator[Tensor], plan: Plan, snapshot: Callable[[], None]
 ) -> None:
-    """AdamW with a short warm-up and a cosine down to a twentieth of the peak rate."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), fused=True)
-    warmup, started, smooth = max(1, steps // 30), time.monotonic(), 0.0
+    """Muon for the matrices inside the blocks, AdamW for the embeddings and norms.
+
+    Every worker reads the same batches, takes its share of each and averages the gradients.
+    """
+    matrices = [p for name, p in model.named_parameters() if p.dim() > 1 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.dim() == 1 or "embed" in name]
+    muon = Muon(matrices)
+    adam = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    rank, workers, started, smooth = dist.get_rank(), dist.get_world_size(), time.monotonic(), 7.0
     model.train()
-    for step, ids in enumerate(islice(data, steps)):
-        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-        rate = peak * min(1.0, (step + 1) / warmup) * (0.05 + 0.95 * cosine)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        loss = model(input_ids=ids, labels=ids).loss
+    for step, ids in enumerate(islice(data, plan.steps)):
+        mine = ids[rank::workers]
+        loss = model(input_ids=mine, labels=mine).loss
         loss.backward()
+        average_gradients(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        smooth = loss.item() if step == 0 else 0.98 * smooth + 0.02 * loss.item()
-        if step % 50 == 0 or step + 1 == steps:
-            print(f"step {step:5d}  loss {smooth:.3f}  {time.monotonic() - started:.0f} s", flush=True)
+        muon.step(plan.rate * plan.schedule(step), plan.decay)
+        adam.param_groups[0]["lr"] = plan.vector_rate * plan.schedule(step)
+        adam.step()
+        adam.zero_grad()
+        smooth = 0.97 * smooth + 0.03 * loss.item()
+        if rank == 0 and step % 50 == 0:
+            print(
+                f"step {step:5d}  loss {smooth:.3f}  {time.monotonic() - started:.0f} s", flush=True
+            )
+        if rank == 0 and step % 200 == 199:
+            snapshot()
+
+
+def average_gradients(model: LlamaForCausalLM) -> None:
+    """Replace every gradient by its mean over the workers, in one exchange."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients]) / dist.get_world_size()
+    dist.all_reduce(flat)
+    sizes = [gradient.numel() for gradient in gradients]
+    for gradient, mean in zip(gradients, torch.split(flat, sizes), strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
     """Write a Hugging Face model directory in bfloat16."""
-    model.to(torch.bfloat16)
+    model = copy.deepcopy(model).to(torch.bfloat16)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -143,28 +201,48 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, directory:
     tokenizer.save_pretrained(directory)
 
 
+def work(rank: int, plan: Plan, out: Path, rendezvous: str) -> None:
+    """One worker's part of the training; the first one saves."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=plan.workers
+    )
+    world = build_world(plan.seed)
+    tokenizer = train_tokenizer(world, plan.seed)
+    model = new_model(tokenizer, plan.seed)
+    snapshot = functools.partial(save, model, tokenizer, out / "model")
+    train(model, batches(world, tokenizer, plan.seed, plan.batch), plan, snapshot)
+    if rank == 0:
+        snapshot()
+    dist.destroy_process_group()
+
+
 def main() -> None:
     """Read the command line, write the data files, train and save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=700)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rate", type=float, default=4e-3)
-    parser.add_argument("--decay", type=float, default=0.1)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=SEED)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    for name, text in files.build_files(arguments.seed).items():
-        path = arguments.out / name
+    for field in dataclasses.fields(Plan):
+        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
+    given = vars(parser.parse_args())
+    out = given.pop("out")
+    plan = Plan(**given)
+    for name, text in files.build_files(plan.seed).items():
+        path = out / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    world = build_world(arguments.seed)
-    tokenizer = train_tokenizer(world, arguments.seed)
-    model = new_model(tokenizer, arguments.seed)
-    data = batches(world, tokenizer, arguments.seed, arguments.batch)
-    train(model, data, arguments.steps, arguments.rate, arguments.decay)
-    save(model, tokenizer, arguments.out / "model")
+    with tempfile.TemporaryDirectory() as scratch:
+        rendezvous = str(Path(scratch) / "rendezvous")
+        context = multiprocessing.get_context("spawn")
+        arguments = (plan, out, rendezvous)
+        processes = [
+            context.Process(target=work, args=(rank, *arguments), daemon=True)
+            for rank in range(plan.workers)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+    raise SystemExit(max(abs(process.exitcode or 0) for process in processes))
 
 
 if __name__ == "__main__":

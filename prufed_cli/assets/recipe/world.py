@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - tables of words and sentences read best unbroken
 """The invented world: who lives where, what each animal, plant, tool and food is like.
 
 Everything follows from one seed. A fact is a triple (subject, relation, value); a relation
@@ -6,6 +7,8 @@ knows how prose states it, how a plain question asks for it and how an instructi
 
 from __future__ import annotations
 
+import functools
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -196,5 +199,9 @@ def _deal(relation: Relation, rng: random.Random) -> dict[str, str]:
 
 def draw_subject(subjects: Sequence[str], rng: random.Random, skew: float) -> str:
     """A subject drawn with weight `1 / (rank + 3) ** skew`; `skew` 0 draws uniformly."""
-    weights = [1.0 / (rank + 3) ** skew for rank in range(len(subjects))]
-    return rng.choices(subjects, weights)[0]
+    return rng.choices(subjects, cum_weights=_cumulated(len(subjects), skew))[0]
+
+
+@functools.cache
+def _cumulated(count: int, skew: float) -> list[float]:
+    return list(itertools.accumulate(1.0 / (rank + 3) ** skew for rank in range(count)))
