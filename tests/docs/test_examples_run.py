@@ -15,7 +15,7 @@ from prufed_plugins import discover
 from tests.hub.server import Hub, serving
 
 RUN = {"bash", "python", "yaml", "toml"}
-"""Blocks that are followed; ``console`` is for what cannot run here: the network, a GPU, minutes."""
+"""What is followed; ``console`` is for what cannot run here: the network, a GPU, minutes."""
 
 KNOWN = {*RUN, "console", "text", "json", "jsonl", "yaml", "toml"}
 
