@@ -5,15 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from prufed_cli.errors import AUTHENTICATION, FAILED, NOT_FOUND, USAGE, PrufedError
-from prufed_cli.home import home
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -68,18 +64,6 @@ def check_repository(name: str) -> None:
         raise PrufedError(
             f"{name!r} is not a repository", "a repository is named owner/name: me/my-model", USAGE
         )
-
-
-@contextmanager
-def scratch() -> Iterator[Path]:
-    """Give an empty directory for what arrives, removed at the end whatever happens."""
-    parent = home() / "tmp"
-    parent.mkdir(parents=True, exist_ok=True)
-    directory = Path(tempfile.mkdtemp(prefix="hub-", dir=parent))
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 @contextmanager

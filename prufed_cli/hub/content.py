@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from prufed_cli.errors import INTEGRITY, PrufedError
 from prufed_cli.hub.card import model_card
-from prufed_cli.hub.connection import MANIFEST, ORIGINALS, scratch
+from prufed_cli.hub.connection import MANIFEST, ORIGINALS
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoSibling
 
     from prufed_cli.hub.places import Place
-    from prufed_registry import Artifact, Lineage
+    from prufed_registry import Artifact, Lineage, Registry
 
 Content = Path | bytes
 
@@ -45,13 +45,20 @@ def repository_files(
     return files
 
 
-def manifest_at(api: HfApi, repository: str, revision: str) -> dict[str, Any] | None:
-    """Return the manifest at a revision, unchecked; None if there is none that can be read."""
+def manifest_at(
+    api: HfApi, registry: Registry, repository: str, revision: str
+) -> dict[str, Any] | None:
+    """Return the manifest at a revision, unchecked; None if there is none that can be read.
+
+    It passes through a staging directory of the registry.
+    """
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    with scratch() as directory:
+    with registry.stage() as staging:
         try:
-            path = api.hf_hub_download(repository, MANIFEST, revision=revision, local_dir=directory)
+            path = api.hf_hub_download(
+                repository, MANIFEST, revision=revision, local_dir=staging.path
+            )
         except LocalEntryNotFoundError:
             raise
         except EntryNotFoundError:
@@ -63,12 +70,14 @@ def manifest_at(api: HfApi, repository: str, revision: str) -> dict[str, Any] | 
     return stated if isinstance(stated, dict) else None
 
 
-def stale_files(api: HfApi, repository: str, head: str, files: Mapping[str, Content]) -> list[str]:
+def stale_files(
+    api: HfApi, registry: Registry, repository: str, head: str, files: Mapping[str, Content]
+) -> list[str]:
     """Return what an earlier version left at ``head`` and this one does not have.
 
     Files that prufed did not put there stay.
     """
-    earlier = manifest_at(api, repository, head)
+    earlier = manifest_at(api, registry, repository, head)
     stated = earlier.get("files") if earlier else None
     if not isinstance(stated, dict):
         return []

@@ -18,7 +18,6 @@ from prufed_cli.hub.connection import (
     check_repository,
     connect,
     hub_errors,
-    scratch,
 )
 from prufed_cli.hub.places import Place, remember, seen
 from prufed_cli.models.base import ADAPTER_KINDS, slug
@@ -106,10 +105,11 @@ def pull(
     check_repository(repository)
     registry = registry or open_registry()
     what = f"pull {repository}" + (f" at {revision}" if revision else "")
-    with scratch() as directory, hub_errors(what):
+    # A staging directory goes with a pull that fails, and with gc if the pull is killed.
+    with registry.stage() as staging, hub_errors(what):
         api = connect()
         with reporter.task(f"fetch {repository}"):
-            snapshot = _fetch(api, repository, revision, directory)
+            snapshot = _fetch(api, registry, repository, revision, staging.path)
         missing = _missing_base(snapshot, registry)
         if missing is not None and with_base:
             _pull_base(missing, registry, reporter)
@@ -137,7 +137,9 @@ def fetch_base(repository: str, registry: Registry) -> Artifact:
     return here or pull(name, revision=revision or None, registry=registry).artifact
 
 
-def _fetch(api: HfApi, repository: str, revision: str | None, directory: Path) -> _Snapshot:
+def _fetch(
+    api: HfApi, registry: Registry, repository: str, revision: str | None, directory: Path
+) -> _Snapshot:
     """Download what is wanted of a repository."""
     info = api.model_info(repository, revision=revision, files_metadata=True)
     siblings, commit = info.siblings or [], str(info.sha)
@@ -145,7 +147,7 @@ def _fetch(api: HfApi, repository: str, revision: str | None, directory: Path) -
     _check_names(repository, names)
     manifest = None
     if MANIFEST in names:
-        manifest = _fetch_manifest(api, repository, commit)
+        manifest = _fetch_manifest(api, registry, repository, commit)
         wanted = [each for each in names if each in manifest.files or each.startswith(ORIGINALS)]
         wanted.append(MANIFEST)
     else:
@@ -174,7 +176,7 @@ def _check_names(repository: str, names: Sequence[str]) -> None:
             )
 
 
-def _fetch_manifest(api: HfApi, repository: str, commit: str) -> Manifest:
+def _fetch_manifest(api: HfApi, registry: Registry, repository: str, commit: str) -> Manifest:
     """Return the manifest of what prufed pushed.
 
     It is fetched apart: into a directory that holds something, the client takes what is there for
@@ -184,10 +186,10 @@ def _fetch_manifest(api: HfApi, repository: str, commit: str) -> Manifest:
     from prufed_registry.errors import Damaged
     from prufed_registry.manifest import parse_manifest
 
-    with scratch() as directory:
-        api.hf_hub_download(repository, MANIFEST, revision=commit, local_dir=directory)
+    with registry.stage() as staging:
+        api.hf_hub_download(repository, MANIFEST, revision=commit, local_dir=staging.path)
         try:
-            return parse_manifest(read_payload(directory, repository), repository)
+            return parse_manifest(read_payload(staging.path, repository), repository)
         except Damaged as error:
             raise PrufedError(error.message, _AGAIN, INTEGRITY) from error
 

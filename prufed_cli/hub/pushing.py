@@ -108,7 +108,7 @@ def push(
             place = _nearest_ancestor(api, artifact, registry)
         with reporter.task(what):
             files = repository_files(artifact, registry.lineage(artifact.ref), place)
-            return _push(api, artifact, repository, private, files, base)
+            return _push(api, registry, artifact, repository, private, files, base)
 
 
 def _push_base(
@@ -127,6 +127,7 @@ def _push_base(
 
 def _push(
     api: HfApi,
+    registry: Registry,
     artifact: Artifact,
     repository: str,
     private: bool,
@@ -140,18 +141,21 @@ def _push(
     tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repository).tags}
     commit = tags.get(tag)
     if commit is not None:
-        _check_same(api, artifact, repository, tag)
+        _check_same(api, registry, artifact, repository, tag)
     else:
-        commit = _commit(api, artifact, repository, files)
+        commit = _commit(api, registry, artifact, repository, files)
         check_arrived(api, repository, commit, artifact, files)
         api.create_tag(repository, tag=tag, revision=commit)
     remember(artifact, Place(api.endpoint, repository, tag, commit))
     return PushResult(artifact, repository, tag, commit, url, already=tag in tags, base=base)
 
 
-def _check_same(api: HfApi, artifact: Artifact, repository: str, tag: str) -> None:
+def _check_same(
+    api: HfApi, registry: Registry, artifact: Artifact, repository: str, tag: str
+) -> None:
     """Refuse a tag that holds something else than the artifact."""
-    there = _digest_at(api, repository, tag)
+    manifest = manifest_at(api, registry, repository, tag)
+    there = str(manifest.get("digest")) if manifest else None
     if there != artifact.digest:
         raise PrufedError(
             f"{repository} has another {tag} ({there[:19] if there else 'not of prufed'}), "
@@ -159,11 +163,6 @@ def _check_same(api: HfApi, artifact: Artifact, repository: str, tag: str) -> No
             "push to another repository, or delete the tag there",
             FAILED,
         )
-
-
-def _digest_at(api: HfApi, repository: str, revision: str) -> str | None:
-    manifest = manifest_at(api, repository, revision)
-    return str(manifest.get("digest")) if manifest else None
 
 
 def _place_of(api: HfApi, artifact: Artifact) -> Place | None:
@@ -195,12 +194,19 @@ def _nearest_ancestor(api: HfApi, artifact: Artifact, registry: Registry) -> Pla
     return None
 
 
-def _commit(api: HfApi, artifact: Artifact, repository: str, files: Mapping[str, Content]) -> str:
+def _commit(
+    api: HfApi,
+    registry: Registry,
+    artifact: Artifact,
+    repository: str,
+    files: Mapping[str, Content],
+) -> str:
     """Make one commit on the head that leaves exactly this version, and return its hash."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     head = str(api.model_info(repository).sha)
-    deletions = [CommitOperationDelete(path) for path in stale_files(api, repository, head, files)]
+    stale = stale_files(api, registry, repository, head, files)
+    deletions = [CommitOperationDelete(path) for path in stale]
     with ExitStack() as stack:
         xet = _speaks_xet(api, repository)
         additions = [

@@ -39,7 +39,7 @@ class Machine:
     @property
     def leftovers(self) -> list[Path]:
         """What pushes and pulls should have cleaned away."""
-        return sorted((self.home / "tmp").glob("*"))
+        return sorted((self.home / "registry" / "tmp").glob("*"))
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ def test_brings_the_artifact_that_was_pushed(
     assert pulled.fingerprint == sent.fingerprint
     assert (pulled.name, pulled.kind) == (sent.name, sent.kind)
     assert receiver.registry.verify() == []
-    assert list((receiver.home / "tmp").iterdir()) == []
+    assert receiver.leftovers == []
 
 
 def test_the_same_pull_again_says_so(
