@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
@@ -23,7 +24,11 @@ _SIGN_IN: Final = "run `hf auth login`, or set HF_TOKEN to a token that may do t
 
 
 def connect() -> HfApi:
-    """Return a client for ``HF_ENDPOINT`` with the user's own token, silent on the terminal."""
+    """Return a client for ``HF_ENDPOINT`` with the user's own token, silent on the terminal.
+
+    Raises:
+        PrufedError: ``HF_ENDPOINT`` is not an address.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
@@ -31,6 +36,12 @@ def connect() -> HfApi:
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     disable_progress_bars()
     endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/")
+    if endpoint and not re.fullmatch(r"https?://[^/\s]+(/\S*)?", endpoint):
+        raise PrufedError(
+            f"HF_ENDPOINT {endpoint!r} is not an address",
+            "for example https://huggingface.co",
+            USAGE,
+        )
     return HfApi(endpoint=endpoint or None, library_name="prufed")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -117,8 +118,8 @@ def pull(
         _restore_originals(snapshot)
         known = _known(snapshot, registry)
         artifact = known or _take(snapshot, registry, name)
-    tagged = revision if revision == f"v{artifact.version}" and snapshot.manifest else None
-    place = Place(api.endpoint, repository, tagged or snapshot.commit, snapshot.commit)
+    tag = revision if snapshot.manifest and re.fullmatch(r"v\d+", revision or "") else None
+    place = Place(api.endpoint, repository, tag or snapshot.commit, snapshot.commit)
     remember(artifact, place)
     return PullResult(artifact, repository, snapshot.commit, known is not None, missing)
 

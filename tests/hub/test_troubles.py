@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
+from prufed_cli.hub import pull
 from tests.hub.conftest import TOKEN, Machine
 from tests.hub.server import Fault, Hub
 
@@ -176,6 +177,14 @@ def test_no_network_is_one_sentence(
     assert "HF_HUB_OFFLINE is set" in failure()
 
 
+def test_an_endpoint_that_is_no_address_is_refused(
+    sender: Machine, monkeypatch: pytest.MonkeyPatch, failure: Callable[[], str]
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "huggingface.co")
+    assert sender.prufed("pull", "me/tiny", "-q") == 2
+    assert failure() == "HF_ENDPOINT 'huggingface.co' is not an address"
+
+
 def test_a_login_page_instead_of_a_hub_is_one_sentence(
     hub: Hub, sender: Machine, failure: Callable[[], str]
 ) -> None:
@@ -183,6 +192,23 @@ def test_a_login_page_instead_of_a_hub_is_one_sentence(
     for arguments in (("push", "tiny", "me/tiny"), ("pull", "me/tiny")):
         assert sender.prufed(*arguments, "-q") == 1
         assert "what answers is not a Hub" in failure()
+
+
+def test_an_interrupted_pull_leaves_nothing(
+    hub: Hub, sender: Machine, receiver: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert sender.prufed("push", "small@v1", "me/small", "-q") == 0
+    hub.faults = [Fault("GET /store/", status=None, after=1000)]  # the client waits to resume
+
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("time.sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        pull("me/small", registry=receiver.registry)
+    monkeypatch.undo()
+    assert receiver.registry.list() == []
+    assert receiver.leftovers == []
 
 
 def test_the_token_is_nowhere(
