@@ -85,7 +85,7 @@ def prune(
 ) -> PruneResult:
     """Prune a base and publish the sub-model as a new artifact of kind ``pruned``.
 
-    The same recipe on the same base is not run twice unless ``force`` is given.
+    The same recipe on the same base is not run twice unless ``force`` or another name is given.
 
     Raises:
         PrufedError: the request, the base or the calibration data is not usable.
@@ -123,7 +123,7 @@ def prune(
     recipe = _recipe(request, calibration, dtype)
     parents = [Parent(ref=base.ref, digest=base.digest)]
     known = registry.find(fingerprint("pruned", parents, recipe), kind="pruned")
-    if known is not None and not force:
+    if known is not None and not force and request.name in {None, known.name}:
         reporter.note(f"{known.ref} was made by the same recipe; --force makes it again")
         return PruneResult(known, reused=True, report=read_report(known))
     return _run(

@@ -86,8 +86,8 @@ def federate(
                 return _finish(prepare(run, _planned(run, registry), registry, reporter))
     plan = make_plan(config or _load(clients), registry)
     run = start(plan, runs)
-    reporter.note(f"run {run.id}")
     try:
+        reporter.note(f"run {run.id}")
         with run.locked(), _resumable(run, reporter):
             return _finish(prepare(run, plan, registry, reporter))
     except BaseException:

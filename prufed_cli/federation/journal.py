@@ -114,7 +114,11 @@ def create(root: Path, name: str, document: Mapping[str, Any]) -> Run:
                 staging.rename(target)
             except OSError:  # another process took the number meanwhile
                 continue
-            _sync_directory(root)
+            try:
+                _sync_directory(root)
+            except BaseException:
+                shutil.rmtree(target, ignore_errors=True)
+                raise
             return Run(target, content)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prufed_cli.data import Row, read_rows, rows_digest
-from prufed_cli.errors import FAILED, NOT_FOUND, USAGE, PrufedError
+from prufed_cli.errors import FAILED, INTEGRITY, NOT_FOUND, USAGE, PrufedError
 from prufed_cli.federation.seeds import derive
 from prufed_cli.pruning import PruneRequest
 from prufed_registry.errors import NotFound
@@ -134,7 +134,7 @@ def base_config(base: str, registry: Registry) -> dict[str, Any] | None:
     """Return the content of the base's config.json, None for a Hub id that is not here yet.
 
     Raises:
-        PrufedError: neither an artifact, nor a directory, nor a Hub id.
+        PrufedError: neither an artifact, nor a directory, nor a Hub id; or it is no JSON object.
     """
     path = _base_directory(base, registry)
     if path is None:
@@ -142,7 +142,14 @@ def base_config(base: str, registry: Registry) -> dict[str, Any] | None:
     file = path / "config.json"
     if not file.is_file():
         raise PrufedError(f"{base} has no config.json", "give a model directory", NOT_FOUND)
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PrufedError(
+            f"{file} is not JSON: {error}", "fetch the model again", INTEGRITY
+        ) from error
+    if not isinstance(content, dict):
+        raise PrufedError(f"{file} is not a JSON object", "fetch the model again", INTEGRITY)
     return content
 
 
@@ -203,6 +210,13 @@ def _submodel(
     registry: Registry,
 ) -> SubModel:
     if client.base is not None:
+        if "/" in client.base:
+            raise PrufedError(
+                f"client {client.name}: its base {client.base} is not an artifact, so nothing "
+                f"tells that it was made from {base}",
+                "name an artifact that `prufed prune` made, such as my-model@v3",
+                USAGE,
+            )
         return SubModel(client.base, registry.resolve(client.base).ref, None, None)
     if client.sparsity == 0 or (client.keep_layers is not None and client.keep_layers == layers):
         return SubModel("dense", base, None, 0.0)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,8 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from prufed_cli.config.documents import validated
+from prufed_cli.federation.federate import federate
 from prufed_cli.main import main
 from prufed_registry import Registry
 
@@ -104,11 +109,10 @@ def calibration_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def configuration(base_directory: Path, data_file: Path) -> Document:
-    """A dense client and a pruned one, two rounds."""
+def make_configuration(base: Path, data: Path) -> Document:
+    """Return a dense client and a pruned one over two rounds."""
     return {
-        "base": str(base_directory),
+        "base": str(base),
         "name": "fed",
         "rounds": 2,
         "device": "cpu",
@@ -116,9 +120,25 @@ def configuration(base_directory: Path, data_file: Path) -> Document:
         "pruner": {"name": "magnitude"},
         "adapter": {"r": 4, "alpha": 8, "target_modules": ["q_proj"]},
         "tuner": {"name": "lora", "batch_size": 10, "micro_batch_size": 10, "cutoff": 48},
-        "data": {"path": str(data_file), "partition": {"name": "iid"}},
+        "data": {"path": str(data), "partition": {"name": "iid"}},
         "clients": [{"name": "dense"}, {"name": "half", "sparsity": 0.5}],
     }
+
+
+@pytest.fixture
+def configuration(base_directory: Path, data_file: Path) -> Document:
+    return make_configuration(base_directory, data_file)
+
+
+@pytest.fixture(scope="session")
+def used_home(
+    tmp_path_factory: pytest.TempPathFactory, base_directory: Path, data_file: Path
+) -> Path:
+    """A home with a base and a run of one round, and what that published."""
+    home = tmp_path_factory.mktemp("used")
+    document = {**make_configuration(base_directory, data_file), "rounds": 1}
+    federate(config=validated(document), registry=Registry(home / "registry"), runs=home / "runs")
+    return home
 
 
 @pytest.fixture
@@ -175,17 +195,16 @@ def nothing_made(prufed_home: Path, registry: Registry) -> Callable[..., None]:
 
 
 @pytest.fixture
-def process() -> Callable[..., subprocess.Popen[str]]:
+def process() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Return a starter of ``prufed`` as a process of its own, its output piped."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(*arguments: object, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    def start(*arguments: object) -> subprocess.Popen[str]:
         child = subprocess.Popen(
             [sys.executable, "-m", "prufed_cli", *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, **(env or {})},
         )
         started.append(child)
         return child
@@ -194,3 +213,61 @@ def process() -> Callable[..., subprocess.Popen[str]]:
     for child in started:
         child.kill()
         child.wait()
+
+
+class Fork:
+    """``prufed`` in a fork of this process: all is imported already. Has what Popen has."""
+
+    def __init__(self, arguments: Sequence[object], directory: Path) -> None:
+        self._files = directory / "stdout", directory / "stderr"
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            os._exit(self._run([str(argument) for argument in arguments]))
+
+    def _run(self, arguments: list[str]) -> int:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        code = 70  # what is left of a process that ended in a traceback
+        try:
+            sys.stdout, sys.stderr = (file.open("w") for file in self._files)
+            code = main(arguments)
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        return code
+
+    def poll(self) -> int | None:
+        """Return the exit code, negative for a signal, or None while it runs."""
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            if ended:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def communicate(self, timeout: float = 60) -> tuple[str, str]:
+        """Wait for the end and return stdout and stderr."""
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        out, err = (file.read_text() for file in self._files)
+        return out, err
+
+
+@pytest.fixture
+def fork(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Fork]]:
+    started: list[Fork] = []
+
+    def start(*arguments: object) -> Fork:
+        started.append(Fork(arguments, tmp_path_factory.mktemp("fork")))
+        return started[-1]
+
+    yield start
+    for child in started:
+        if child.poll() is None:
+            child.send_signal(signal.SIGKILL)
+            child.communicate()
