@@ -46,12 +46,12 @@ def commands_page() -> str:
     ]
     for verbs in VERBS.values():
         for verb in verbs:
-            for path, command in _commands(verb):
+            for path, command in commands_of(verb):
                 lines += _command_section(path, command)
     return "\n".join(lines) + "\n"
 
 
-def _commands(verb: str) -> Iterator[tuple[str, Any]]:
+def commands_of(verb: str) -> Iterator[tuple[str, Any]]:
     """Yield (name as typed, click command) of a verb and of the commands below it."""
     root = typer.main.get_command(build([verb]))
     command = getattr(root, "commands", {}).get(verb, root)

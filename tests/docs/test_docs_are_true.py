@@ -23,6 +23,7 @@ SOURCES = [
     for floor in ("prufed_cli", "plugins/prufed_plugins", "registry/prufed_registry")
     for path in sorted((ROOT / floor).rglob("*.py"))
 ]
+GENERATOR = Path(__file__).parent / "generate.py"
 READS = {"os.getenv", "os.environ.get", "os.environ.pop", "os.environ.setdefault"}
 ERROR_MODULES = (
     "prufed_cli.errors",
@@ -38,7 +39,7 @@ def documented() -> str:
 
 
 def test_generated_pages_are_those_of_today() -> None:
-    generator = runpy.run_path(str(Path(__file__).parent / "generate.py"))
+    generator = runpy.run_path(str(GENERATOR))
     for path, text in generator["documents"]().items():
         assert path.read_text(encoding="utf-8") == text, f"{path.name} is stale: run `make docs`"
 
@@ -128,6 +129,31 @@ def test_every_command_has_an_example() -> None:
     )
     verbs = [verb for group in VERBS.values() for verb in group]
     assert [verb for verb in verbs if not re.search(rf"\bprufed {verb}\b", shown)] == []
+
+
+def test_examples_that_are_only_read_have_options_that_exist() -> None:
+    generator = runpy.run_path(str(GENERATOR))
+    commands = {
+        path: command
+        for group in VERBS.values()
+        for verb in group
+        for path, command in generator["commands_of"](verb)
+    }
+    lines = [
+        (block.place, line.removeprefix("$ "))
+        for page in pages()
+        for block in blocks(page)
+        if block.language == "console"
+        for line in block.text.splitlines()
+        if line.startswith("$ prufed ")
+    ]
+    assert lines
+    for place, line in lines:
+        words = line.split()
+        path = " ".join(words[:3]) if " ".join(words[:3]) in commands else " ".join(words[:2])
+        known = {name for option in commands[path].params for name in option.opts}
+        used = {word for word in words if word.startswith("--")}
+        assert used <= known, f"{place}: {line}"
 
 
 def test_every_built_in_method_is_listed() -> None:
