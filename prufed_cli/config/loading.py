@@ -17,6 +17,7 @@ from prufed_cli.config.methods import method_problems
 from prufed_cli.config.models import FederationConfig
 from prufed_cli.config.yaml_source import KeyPath, Source, parse
 from prufed_cli.errors import NOT_FOUND
+from prufed_registry.names import is_name
 
 
 def load(path: Path) -> FederationConfig:
@@ -64,7 +65,9 @@ def check(source: Source, path: Path) -> tuple[FederationConfig | None, list[Pro
 def default_name(path: Path) -> str:
     """Return a valid name made from a file's: ``My Clients.yaml`` gives ``my-clients``."""
     slug = re.sub(r"[^a-z0-9._-]+", "-", path.stem.lower()).strip("._-")[:46].rstrip("._-")
-    return slug or "federation"
+    if is_name(slug):
+        return slug
+    return f"federation-{slug}" if slug else "federation"
 
 
 def _model_problems(error: ValidationError) -> list[Problem]:

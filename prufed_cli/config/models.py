@@ -24,6 +24,8 @@ from pydantic import (
     model_validator,
 )
 
+from prufed_registry.names import is_name
+
 LAYER_PRUNERS: Final = frozenset(
     {"top", "bottom", "odd-alternate", "even-alternate", "symmetric", "explicit"}
 )
@@ -52,6 +54,16 @@ def _identifier(text: str) -> str:
     return text
 
 
+def _artifact_name(text: str) -> str:
+    """Refuse what would name no artifact: the global adapter bears the federation's name."""
+    if not is_name(text):
+        raise ValueError(
+            f"{text!r} cannot name an artifact: use 2 letters or more; `latest` and v1, v2, ... "
+            "are reserved"
+        )
+    return text
+
+
 def _pattern(text: str) -> str:
     match = _PATTERN.fullmatch(text)
     if not match:
@@ -76,6 +88,7 @@ Real = Annotated[float, Strict()]
 Flag = Annotated[bool, Strict()]
 Text = Annotated[str, StringConstraints(min_length=1)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=46), AfterValidator(_identifier)]
+FederationName = Annotated[Name, AfterValidator(_artifact_name)]
 MethodName = Annotated[str, StringConstraints(min_length=1), AfterValidator(canonical)]
 Texts = Annotated[tuple[Text, ...], BeforeValidator(_one_as_list)]
 Seed = Annotated[int, Strict(), Field(ge=0, lt=2**63)]
@@ -291,7 +304,7 @@ class FederationConfig(Section):
         default=None,
         description="reference, path or Hub id; default: $PRUFED_BASE or the embedded model",
     )
-    name: Name = Field(
+    name: FederationName = Field(
         default="federation", description="default: the file's name; names the artifacts"
     )
     rounds: Int = Field(default=1, ge=1, description="rounds of tuning and aggregation")

@@ -168,6 +168,13 @@ CASES = {
             "'.', '_' and '-', beginning and ending with a letter or digit"
         ],
     ),
+    "a federation's name that is reserved": (
+        "name: v1\n" + SHARED + "clients: [{name: a}]\n",
+        [
+            "1:7: name: 'v1' cannot name an artifact: use 2 letters or more; `latest` and "
+            "v1, v2, ... are reserved"
+        ],
+    ),
     "a name that is a number": (
         SHARED + "clients: [{name: 7}]\n",
         ["2:18: clients.0.name: must be text, not 7"],

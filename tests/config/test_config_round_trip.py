@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prufed_cli.config import ConfigError, FederationConfig, load
+from prufed_registry.names import is_name
 
 # A letter first: PyYAML writes 1e5 without the quotes that YAML 1.2 wants.
 names = st.from_regex(r"[a-z]([a-z0-9._-]{0,20}[a-z0-9])?", fullmatch=True)
@@ -64,7 +65,7 @@ documents = st.fixed_dictionaries(
     },
     optional={
         "base": st.sampled_from(["some-model", "some/model"]),
-        "name": names,
+        "name": names.filter(is_name),
         "rounds": counts,
         "seed": st.integers(0, 2**63 - 1),
         "device": st.sampled_from(["auto", "cpu", "cuda:1"]),

@@ -187,7 +187,14 @@ def test_a_configuration_made_in_python_is_held_to_the_same_rules() -> None:
 
 @pytest.mark.parametrize(
     ("file", "name"),
-    [("clients.yaml", "clients"), ("Größe 7.yml", "gr-e-7"), ("模.yaml", "federation")],
+    [
+        ("clients.yaml", "clients"),
+        ("Größe 7.yml", "gr-e-7"),
+        ("模.yaml", "federation"),
+        ("k.yaml", "federation-k"),
+        ("v1.yaml", "federation-v1"),
+        ("latest.yaml", "federation-latest"),
+    ],
 )
 def test_the_default_name_comes_from_the_file(file: str, name: str) -> None:
     assert default_name(Path(file)) == name
