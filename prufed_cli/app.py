@@ -9,9 +9,13 @@ import os
 from collections.abc import Iterable, Sequence
 
 import typer
+import typer.core
 
 from prufed_cli import errors
 from prufed_cli.main import VERBS
+
+typer.core.HAS_RICH = False
+# typer 0.20 writes `\[required]` into plain help pages where it knows of rich, which is not used.
 
 ALL_VERBS = [verb for verbs in VERBS.values() for verb in verbs]
 
