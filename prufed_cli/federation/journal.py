@@ -136,6 +136,8 @@ def load(root: Path, run_id: str) -> Run:
         raise PrufedError(f"no run {run_id!r}", "`prufed runs list` shows them", NOT_FOUND)
     try:
         document = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+        if not isinstance(document, dict) or "created" not in document:
+            raise ValueError("run.json does not describe a run")
         events = _read_events(directory / "events.jsonl")
     except ValueError as error:
         raise PrufedError(
