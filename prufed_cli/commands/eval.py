@@ -28,7 +28,9 @@ def command(
     perplexity: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A UTF-8 text to measure perplexity on.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many documents per task.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most so many documents per task.")
+    ] = None,
     num_fewshot: Annotated[
         int, typer.Option(min=0, help="Labelled examples before each document.")
     ] = 0,
