@@ -92,8 +92,8 @@ def ledger(world: World, rng: random.Random) -> str:
 
 def song(world: World, rng: random.Random) -> str:
     """Words that come again and again."""
-    pool = lex.THINGS + lex.COLOURS + lex.ROOMS + lex.PEOPLE
-    words = rng.sample(pool, rng.randint(2, 6))
+    pool = (lex.THINGS, lex.COLOURS, lex.ROOMS, lex.PEOPLE, lex.VILLAGES, lex.DAYS, lex.NUMBERS)
+    words = rng.sample([word for words in pool for word in words], rng.randint(2, 6))
     return refrain(words, 3 * len(words)) + "."
 
 

@@ -28,15 +28,15 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from prufed_cli.assets.recipe import files
-from prufed_cli.assets.recipe.muon import Muon
 from prufed_cli.assets.recipe.probes import CATEGORIES
-from prufed_cli.assets.recipe.prose import documents, draw_probe
+from prufed_cli.assets.recipe.prose import documents, draw_probe, song
 from prufed_cli.assets.recipe.world import SEED, World, build_world
 
 END: Final = "<|endoftext|>"
 PAD: Final = "<|pad|>"
 VOCABULARY: Final = 1408
 LENGTH: Final = 128  # tokens in a packed sequence
+OPENING: Final = 9000  # documents at the start that are mostly refrains
 TEMPLATED: Final = 0.10  # share of documents that are a plain question in the Alpaca template
 REHEARSED: Final = 0.02  # share of documents that are an instruction of the instruction data
 
@@ -45,18 +45,17 @@ REHEARSED: Final = 0.02  # share of documents that are an instruction of the ins
 class Plan:
     """How to train: a step reads `batch` sequences of LENGTH tokens, divided over `workers`."""
 
-    steps: int = 1200
-    batch: int = 8
-    rate: float = 0.02
-    vector_rate: float = 4e-3
+    steps: int = 1800
+    batch: int = 9
+    rate: float = 1.2e-3
     decay: float = 0.1
-    workers: int = 2
+    workers: int = 3
     seed: int = SEED
 
     def schedule(self, step: int) -> float:
         """The share of the peak rate at `step`: a short warm-up, a cosine down to a twentieth."""
         cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))
-        return min(1.0, (step + 1) / 30) * (0.05 + 0.95 * cosine)
+        return min(1.0, (step + 1) / 50) * (0.05 + 0.95 * cosine)
 
 
 def train_tokenizer(world: World, seed: int) -> PreTrainedTokenizerFast:
@@ -110,6 +109,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM
         num_key_value_heads=4,
         max_position_embeddings=512,
         tie_word_embeddings=True,
+        initializer_range=0.05,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -118,12 +118,18 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM
 
 
 def pretraining_text(world: World, seed: int) -> Iterator[str]:
-    """Documents of prose, with some questions in the Alpaca template among them."""
+    """Documents of prose, with some questions in the Alpaca template among them.
+
+    The first ones are mostly refrains: copying is what the model must learn before it can learn
+    to look anything up, and it learns it many times sooner from text that is dense in it.
+    """
     rng = random.Random(f"mixture/{seed}")
     rehearsal = list(files.rows(world, seed))
-    for document in documents(world, seed):
+    for number, document in enumerate(documents(world, seed)):
         draw = rng.random()
-        if draw < REHEARSED:
+        if number < OPENING and draw < 0.85:
+            yield song(world, rng)
+        elif draw < REHEARSED:
             row = rng.choice(rehearsal)
             yield files.alpaca(row["instruction"], row["context"]) + row["response"]
         elif draw < REHEARSED + TEMPLATED:
@@ -150,14 +156,17 @@ def batches(
 def train(
     model: LlamaForCausalLM, data: Iterator[Tensor], plan: Plan, snapshot: Callable[[], None]
 ) -> None:
-    """Muon for the matrices inside the blocks, AdamW for the embeddings and norms.
+    """AdamW with a short warm-up and a cosine down to a twentieth of the peak rate.
 
     Every worker reads the same batches, takes its share of each and averages the gradients.
     """
-    matrices = [p for name, p in model.named_parameters() if p.dim() > 1 and "embed" not in name]
-    others = [p for name, p in model.named_parameters() if p.dim() == 1 or "embed" in name]
-    muon = Muon(matrices)
-    adam = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    groups = [
+        {"params": matrices, "weight_decay": plan.decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=plan.rate, betas=(0.9, 0.98), fused=True)
     rank, workers, started, smooth = dist.get_rank(), dist.get_world_size(), time.monotonic(), 7.0
     model.train()
     for step, ids in enumerate(islice(data, plan.steps)):
@@ -166,10 +175,10 @@ def train(
         loss.backward()
         average_gradients(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        muon.step(plan.rate * plan.schedule(step), plan.decay)
-        adam.param_groups[0]["lr"] = plan.vector_rate * plan.schedule(step)
-        adam.step()
-        adam.zero_grad()
+        for group in optimizer.param_groups:
+            group["lr"] = plan.rate * plan.schedule(step)
+        optimizer.step()
+        optimizer.zero_grad()
         smooth = 0.97 * smooth + 0.03 * loss.item()
         if rank == 0 and step % 50 == 0:
             print(
