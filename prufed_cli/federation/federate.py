@@ -108,8 +108,9 @@ def _resumable(run: journal.Run, reporter: Reporter) -> Iterator[None]:
         raise Interrupted(how) from interrupt
     except (PrufedError, MethodError):
         raise  # the same again after a resume, unless its hint has been followed
-    except Exception:
+    except Exception as error:
         if run.find("round") is not None:
+            error.add_note(how)
             reporter.note(how)
         raise
 
