@@ -317,11 +317,11 @@ def _apply(
     reporter: Reporter,
 ) -> _Outcome:
     """Run the pruner over the model and collect its masks, or the layers it keeps."""
-    from prufed_cli.models.base import base_masks
+    from prufed_cli.models.base import base_masks, stored_dtype
     from prufed_cli.models.decoder import open_decoder
     from prufed_plugins.api import KeptLayers
 
-    decoder = open_decoder(model)
+    decoder = open_decoder(model, stored_dtype(base))
     batches = [batch.to(model.device) for batch in calibration.batches] if calibration else None
     masks: dict[str, Tensor] = {}
     matrices: list[dict[str, Any]] = []

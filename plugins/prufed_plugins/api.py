@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 import pluggy
 
 if TYPE_CHECKING:
+    import torch
     from pydantic import BaseModel
     from torch import Tensor, nn
 
@@ -124,43 +125,63 @@ class HookSpecs:
 class PruneTarget:
     """How much to remove.
 
-    Exactly one of the three is set.
+    Exactly one of the first three is set.
 
     Attributes:
         sparsity: share of entries to remove, in [0, 1).
         pattern: ``(n, m)``: n of every m consecutive inputs of a row are removed.
         layers: how many decoder layers to remove; a layer pruner also accepts ``sparsity``.
+        per_matrix: sparsity of single matrices by full module name, where a method varies it; the
+            others have ``sparsity``. Set by :meth:`SurveyingPruner.survey`, never by a user.
     """
 
     sparsity: float | None = None
     pattern: tuple[int, int] | None = None
     layers: int | None = None
+    per_matrix: Mapping[str, float] | None = None
+
+
+Arguments = dict[str, Any]
+"""What the blocks are called with besides the hidden states; only ever handed on."""
 
 
 class Decoder(Protocol):
-    """A loaded causal language model, seen as a stack of decoder blocks.
+    """A causal language model, seen as a stack of decoder blocks that may be larger than memory.
+
+    The weights of a block are in memory from the moment it is asked for until another one is. A
+    pruner therefore goes through the blocks in order, and keeps no module of an earlier one.
 
     Attributes:
         prefix: module path of the stack, ``model.layers`` for Llama.
-        blocks: the decoder blocks in order.
+        blocks: the decoder blocks in order; their number is always known, their weights are not.
+        start: the first block that is still to be pruned; 0 unless a killed prune goes on.
+        dtype: what the weights are stored in; a pruner rounds to it what it writes into a block, so
+            that later blocks see the outputs of what will be stored.
     """
 
     prefix: str
     blocks: Sequence[nn.Module]
+    start: int
+    dtype: torch.dtype
+
+    def shapes(self, index: int) -> Mapping[str, tuple[int, int]]:
+        """Return (outputs, inputs) of the matrices of block ``index``, without loading them."""
 
     def linears(self, index: int) -> Mapping[str, nn.Module]:
-        """Return the prunable matrices of block ``index`` by their full module name."""
+        """Load block ``index`` and return its prunable matrices by their full module name."""
 
-    def embed(self, batch: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """Return what the first block receives for ``batch`` (B, T) of token ids.
+    def embed(self, batches: Sequence[Tensor]) -> list[tuple[Tensor, Arguments]]:
+        """Return what block ``start`` receives for each batch (B, T) of token ids.
 
-        The hidden states are (B, T, H); the dictionary holds what the blocks are called with
-        besides (attention masks, position embeddings; they differ between layer types) and is only
-        handed on to :meth:`run_block`.
+        The hidden states are (B, T, H) and held, see :meth:`hold`. The arguments (attention masks,
+        position embeddings; they differ between layer types) are for :meth:`run_block`.
         """
 
-    def run_block(self, index: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-        """Return the output (B, T, H) of block ``index``."""
+    def run_block(self, index: int, hidden: Tensor, arguments: Arguments) -> Tensor:
+        """Return the output (B, T, H) of block ``index``, on the device that computes."""
+
+    def hold(self, hidden: Tensor) -> Tensor:
+        """Return the same values where there is room to keep them: memory, or a mapped file."""
 
 
 @dataclass(frozen=True)
@@ -226,6 +247,47 @@ class Pruner(Protocol):
 
         Raises:
             MethodError: the target cannot be met on this model.
+        """
+
+
+class SurveyingPruner(Pruner, Protocol):
+    """A pruner that looks at the whole dense model before it touches the first block."""
+
+    def survey(
+        self,
+        decoder: Decoder,
+        calibration: Sequence[Tensor] | None,
+        target: PruneTarget,
+        progress: Progress,
+    ) -> PruneTarget:
+        """Return the target to prune to, with ``per_matrix`` where matrices differ.
+
+        Called once, before :meth:`prune` of a fresh run; a resumed run is given the same answer.
+        """
+
+
+class NestedPruner(Pruner, Protocol):
+    """A pruner that finds several sub-models, each inside the one before, in one calibration."""
+
+    def prune_nested(
+        self,
+        decoder: Decoder,
+        calibration: Sequence[Tensor] | None,
+        targets: Sequence[PruneTarget],
+        progress: Progress,
+    ) -> Iterator[tuple[PrunedMatrix, ...]]:
+        """Yield one result per target for every matrix, in block order.
+
+        The decoder's weights stay as they are, so every block is calibrated with dense activations.
+
+        Args:
+            decoder: the model.
+            calibration: as for :meth:`Pruner.prune`.
+            targets: ascending sparsities; what one removes, the next removes too.
+            progress: told about finished blocks.
+
+        Raises:
+            MethodError: the targets are not ascending sparsities, or cannot be met on this model.
         """
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from prufed_cli.errors import USAGE, PrufedError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
@@ -37,11 +38,15 @@ class ModelDecoder:
     Attributes:
         prefix: module path of the stack, ``model.layers`` for Llama.
         blocks: the decoder blocks in order.
+        start: the first block that is still to be pruned.
+        dtype: what the weights are stored in.
     """
 
-    def __init__(self, model: PreTrainedModel, prefix: str) -> None:
+    def __init__(self, model: PreTrainedModel, prefix: str, dtype: torch.dtype) -> None:
         self._model = model
         self.prefix = prefix
+        self.start = 0
+        self.dtype = dtype
         self.blocks: Sequence[nn.Module] = list(_stack(model, prefix))
         self._linears = [_linears(block, f"{prefix}.{i}") for i, block in enumerate(self.blocks)]
         self._tuples = _return_tuples(model, self.blocks)
@@ -50,12 +55,19 @@ class ModelDecoder:
         """Return the prunable matrices of block ``index`` by their full module name."""
         return self._linears[index]
 
-    def embed(self, batch: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """Return what the first block receives for ``batch`` (B, T), and each block's arguments.
+    def shapes(self, index: int) -> Mapping[str, tuple[int, int]]:
+        """Return (outputs, inputs) of the matrices of block ``index``."""
+        return {name: _shape(module) for name, module in self._linears[index].items()}
+
+    def embed(self, batches: Sequence[Tensor]) -> list[tuple[Tensor, dict[str, Any]]]:
+        """Return what the first block receives for each batch (B, T), and the blocks' arguments.
 
         The model's own forward runs with blocks that only hand on their input, so that embedding,
         masks and position embeddings are the model's, at the cost of the embedding alone.
         """
+        return [self._embed(batch) for batch in batches]
+
+    def _embed(self, batch: Tensor) -> tuple[Tensor, dict[str, Any]]:
         calls: list[BlockCall] = []
         first: list[Tensor] = []
 
@@ -76,15 +88,23 @@ class ModelDecoder:
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
+    def hold(self, hidden: Tensor) -> Tensor:
+        """Return ``hidden``: all of it fits into memory."""
+        return hidden
 
-def open_decoder(model: PreTrainedModel) -> ModelDecoder:
+
+def open_decoder(model: PreTrainedModel, dtype: torch.dtype | None = None) -> ModelDecoder:
     """Return the decoder blocks of a causal language model, and put the model in evaluation mode.
+
+    Args:
+        model: the model, in memory.
+        dtype: what its weights will be stored in; by default what they are in now.
 
     Raises:
         PrufedError: the architecture is not a plain decoder; names it.
     """
     model.eval()
-    return ModelDecoder(model, find_stack(model))
+    return ModelDecoder(model, find_stack(model), dtype or model.dtype)
 
 
 def find_stack(model: PreTrainedModel) -> str:
@@ -136,6 +156,13 @@ def _linears(block: nn.Module, prefix: str) -> dict[str, nn.Module]:
         for name, module in block.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
     }
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    from torch import nn
+
+    first, second = module.get_parameter("weight").shape
+    return (first, second) if isinstance(module, nn.Linear) else (second, first)
 
 
 def _stack(model: PreTrainedModel, prefix: str) -> nn.ModuleList:

@@ -33,7 +33,7 @@ def test_blocks_run_one_by_one_give_the_models_own_hidden_states(model: Any, ids
     decoder = open_decoder(model)
     expected = outputs_of_blocks(model, decoder.blocks, ids)
     with torch.no_grad():
-        hidden, arguments = decoder.embed(ids)
+        ((hidden, arguments),) = decoder.embed([ids])
         for index, output in enumerate(expected):
             hidden = decoder.run_block(index, hidden, arguments)
             assert torch.equal(hidden, output), f"block {index}"
@@ -149,7 +149,7 @@ def test_blocks_may_return_tuples_and_take_positional_arguments() -> None:
     decoder = open_decoder(model)
     ids = torch.randint(0, 31, (2, 5), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        hidden, arguments = decoder.embed(ids)
+        ((hidden, arguments),) = decoder.embed([ids])
         for index in range(3):
             hidden = decoder.run_block(index, hidden, arguments)
         assert torch.equal(hidden, model(ids).logits)

@@ -63,7 +63,7 @@ def test_the_second_block_sees_what_the_pruned_first_block_puts_out(
 
 def test_matrices_with_one_input_share_one_statistic(llama: Any, ids: Tensor) -> None:
     decoder = open_decoder(llama)
-    hidden, arguments = decoder.embed(ids)
+    ((hidden, arguments),) = decoder.embed([ids])
     with InputCollector(decoder.linears(0), InputNorms) as collector, torch.no_grad():
         for _ in range(2):
             decoder.run_block(0, hidden, arguments)
@@ -166,7 +166,7 @@ def test_an_update_that_overflows_its_dtype_names_its_matrix() -> None:
     layer = torch.nn.Linear(2, 2, dtype=torch.float16)
     choice = Choice(torch.zeros(2, 2, dtype=torch.bool), torch.full((2, 2), 1e6))
     with pytest.raises(MethodError, match=r"layer is too large for torch\.float16"):
-        write("layer", layer, choice, 0.0)
+        write("layer", layer, choice, torch.float16, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -49,11 +49,11 @@ class Magnitude:
         check_matrices(decoder, target)
         select = self._selection(decoder, target)
         total = len(decoder.blocks)
-        for index in range(total):
+        for index in range(decoder.start, total):
             for name, module in decoder.linears(index).items():
                 started = time.perf_counter()
                 choice = Choice(select(float_matrix(name, module).abs()))
-                yield write(name, module, choice, time.perf_counter() - started)
+                yield write(name, module, choice, decoder.dtype, time.perf_counter() - started)
             progress("block", index + 1, total)
 
     def _selection(self, decoder: Decoder, target: PruneTarget) -> Callable[[Tensor], Tensor]:

@@ -94,10 +94,10 @@ class CalibratedPruner(Generic[S]):
             )
         states = _embed(decoder, calibration)
         total = len(decoder.blocks)
-        for index in range(total):
+        for index in range(decoder.start, total):
             statistics = self._collect(decoder, index, states)
             for name, module in decoder.linears(index).items():
-                yield self._prune_matrix(name, module, statistics[name], target)
+                yield self._prune_matrix(name, module, statistics[name], target, decoder.dtype)
             del statistics
             if index + 1 < total:
                 _advance(decoder, index, states)
@@ -124,7 +124,12 @@ class CalibratedPruner(Generic[S]):
         return statistics
 
     def _prune_matrix(
-        self, name: str, module: nn.Module, statistic: S, target: PruneTarget
+        self,
+        name: str,
+        module: nn.Module,
+        statistic: S,
+        target: PruneTarget,
+        dtype: torch.dtype,
     ) -> PrunedMatrix:
         started = time.perf_counter()
         matrix = float_matrix(name, module)
@@ -133,7 +138,7 @@ class CalibratedPruner(Generic[S]):
                 choice = self._choose(matrix, statistic, target)
         except MethodError as error:
             raise MethodError(f"{name}: {error.message}", error.hint) from error
-        return write(name, module, choice, time.perf_counter() - started)
+        return write(name, module, choice, dtype, time.perf_counter() - started)
 
 
 class InputCollector(Generic[S]):
@@ -199,8 +204,8 @@ def check_matrices(decoder: Decoder, target: PruneTarget) -> None:
     if target.pattern is None:
         return
     for index in range(len(decoder.blocks)):
-        for name, module in decoder.linears(index).items():
-            check_pattern(name, as_matrix(module).shape[1], target.pattern)
+        for name, (_, columns) in decoder.shapes(index).items():
+            check_pattern(name, columns, target.pattern)
 
 
 def as_matrix(module: nn.Module) -> Tensor:
@@ -226,13 +231,16 @@ def float_matrix(name: str, module: nn.Module) -> Tensor:
     return matrix
 
 
-def write(name: str, module: nn.Module, choice: Choice, seconds: float) -> PrunedMatrix:
+def write(
+    name: str, module: nn.Module, choice: Choice, dtype: torch.dtype, seconds: float
+) -> PrunedMatrix:
     """Write a choice into a module and return it in the parameter's own layout and dtype.
 
     Args:
         name: full name of the module.
         module: the linear module; its weight is changed in place.
         choice: what to prune and what the kept entries become.
+        dtype: what the weight will be stored in; it is rounded to it.
         seconds: time spent on the matrix, for the report.
 
     Raises:
@@ -240,11 +248,12 @@ def write(name: str, module: nn.Module, choice: Choice, seconds: float) -> Prune
     """
     matrix = as_matrix(module)
     if choice.weight is not None:
-        matrix.copy_(choice.weight)
+        matrix.copy_(choice.weight.to(dtype))
     matrix.masked_fill_(choice.pruned, 0.0)
     if not bool(torch.isfinite(matrix).all()):
         raise MethodError(
-            f"an updated weight of {name} is too large for {matrix.dtype}", "use --dtype float32"
+            f"an updated weight of {name} is too large for {dtype}",
+            "store the base in float32 or bfloat16",
         )
     kept = ~choice.pruned
     report = {
@@ -263,7 +272,7 @@ def write(name: str, module: nn.Module, choice: Choice, seconds: float) -> Prune
 
 @torch.no_grad()
 def _embed(decoder: Decoder, calibration: Sequence[Tensor]) -> Capture:
-    states = [decoder.embed(batch) for batch in calibration]
+    states = decoder.embed(calibration)
     for hidden, _ in states:
         _check_finite(hidden, "the embedded calibration tokens are not finite")
     return states
@@ -275,7 +284,7 @@ def _advance(decoder: Decoder, index: int, states: Capture) -> None:
     for position, (hidden, arguments) in enumerate(states):
         output = decoder.run_block(index, hidden, arguments)
         _check_finite(output, f"the outputs of block {index} are not finite")
-        states[position] = (output, arguments)
+        states[position] = (decoder.hold(output), arguments)
 
 
 def _check_finite(hidden: Tensor, message: str) -> None:

@@ -81,10 +81,14 @@ class TinyDecoder:
     Attributes:
         prefix: module path of the stack.
         blocks: the blocks in order.
+        start: the first block to be pruned.
+        dtype: what the weights are stored in.
         embedding: token embedding, which no pruner may touch.
     """
 
     prefix = "model.layers"
+    start = 0
+    dtype = torch.float32
 
     def __init__(self, layers: int = LAYERS, width: int = 16, inner: int = 24) -> None:
         with torch.random.fork_rng(devices=[]):
@@ -92,7 +96,7 @@ class TinyDecoder:
             self.embedding = nn.Embedding(64, width)
             self.blocks: Sequence[nn.Module] = [TinyBlock(width, inner) for _ in range(layers)]
 
-    def linears(self, index: int) -> Mapping[str, nn.Module]:
+    def linears(self, index: int) -> Mapping[str, nn.Linear]:
         """Return the matrices of a block by their full name."""
         return {
             f"{self.prefix}.{index}.{name}": module
@@ -100,14 +104,25 @@ class TinyDecoder:
             if isinstance(module, nn.Linear)
         }
 
-    def embed(self, batch: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """Return the embedded tokens (B, T, width) and no further arguments."""
-        return self.embedding(batch).detach(), {}
+    def shapes(self, index: int) -> Mapping[str, tuple[int, int]]:
+        """Return (outputs, inputs) of the matrices of a block."""
+        return {
+            name: (module.out_features, module.in_features)
+            for name, module in self.linears(index).items()
+        }
+
+    def embed(self, batches: Sequence[Tensor]) -> list[tuple[Tensor, dict[str, Any]]]:
+        """Return the embedded tokens (B, T, width) of each batch and no further arguments."""
+        return [(self.embedding(batch).detach(), {}) for batch in batches]
 
     def run_block(self, index: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Return the output of a block."""
         output: Tensor = self.blocks[index](hidden)
         return output
+
+    def hold(self, hidden: Tensor) -> Tensor:
+        """Return the values as they are."""
+        return hidden
 
     def parameters(self) -> dict[str, Tensor]:
         """Return a copy of every parameter by its full name."""

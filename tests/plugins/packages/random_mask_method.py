@@ -20,7 +20,7 @@ class RandomMask:
     def prune(self, decoder, calibration, target, progress):
         if target.sparsity is None or not 0 <= target.sparsity < 1:
             raise MethodError(f"random-mask cannot prune to {target}", "pass --sparsity 0.5")
-        for index in range(len(decoder.blocks)):
+        for index in range(decoder.start, len(decoder.blocks)):
             for name, module in decoder.linears(index).items():
                 yield self._prune(f"{name}.weight", module, target.sparsity)
             progress("block", index + 1, len(decoder.blocks))
