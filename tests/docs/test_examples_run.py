@@ -1,4 +1,4 @@
-"""Every example in docs/ runs, in the order of its page."""
+"""Every example in the README and in docs/ runs, in the order of its page."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from docs_reading import blocks, name_of, pages
+from docs_reading import README, blocks, name_of, pages
 from docs_running import Reader
 
 from prufed_plugins import discover
@@ -51,7 +51,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "page",
-    [page for page in pages() if any(block.language in RUN for block in blocks(page))],
+    [page for page in (README, *pages()) if any(block.language in RUN for block in blocks(page))],
     ids=name_of,
 )
 def test_the_page_runs(page: Path, reader: Reader, request: pytest.FixtureRequest) -> None:
@@ -61,7 +61,7 @@ def test_the_page_runs(page: Path, reader: Reader, request: pytest.FixtureReques
         reader.follow(block)
 
 
-@pytest.mark.parametrize("page", pages(), ids=name_of)
+@pytest.mark.parametrize("page", [README, *pages()], ids=name_of)
 def test_fences_say_what_they_hold(page: Path) -> None:
     for block in blocks(page):
         assert block.language in KNOWN, f"{block.place}: fence {block.language!r}"
