@@ -7,6 +7,7 @@ does, and say nothing about large models.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from prufed_registry import Artifact, Registry
 
 TIERS: Final = (0.0, 0.25, 0.5, 0.75)
+RATES: Final = {0.0: 3e-3, 0.25: 3e-3, 0.5: 5e-3, 0.75: 1e-2}
+"""Learning rate by sparsity: a sparse sub-model has more to learn through fewer entries."""
 STAGES: Final = ("pruned", "fine-tuned", "globally updated")
 CATEGORIES: Final = (
     "brainstorming",
@@ -77,8 +80,8 @@ def demo_config(device: str = "auto", limit: int | None = None) -> FederationCon
     from prufed_cli.config.documents import validated
 
     clients = [
-        {"name": category.replace("_", "-"), "sparsity": TIERS[index % len(TIERS)]}
-        for index, category in enumerate(CATEGORIES)
+        {"name": category.replace("_", "-"), "sparsity": tier, "tuner": {"lr": RATES[tier]}}
+        for category, tier in zip(CATEGORIES, itertools.cycle(TIERS), strict=False)
     ]
     evaluate: dict[str, Any] = {
         "tasks": list(EMBEDDED_TASKS),
@@ -93,14 +96,14 @@ def demo_config(device: str = "auto", limit: int | None = None) -> FederationCon
             "rounds": 1,
             "device": device,
             "sampler": {"name": "all"},
-            "pruner": {"name": "sparsegpt", "samples": 64, "length": 128},
-            "adapter": {"r": 16, "alpha": 32, "target_modules": ["q_proj", "v_proj"]},
+            "pruner": {"name": "sparsegpt", "samples": 128, "length": 128},
+            "adapter": {"r": 8, "alpha": 16, "target_modules": ["all-linear"]},
             "tuner": {
                 "name": "lora",
-                "epochs": 2,
-                "batch_size": 32,
-                "micro_batch_size": 32,
-                "lr": 4e-3,
+                "epochs": 3,
+                "batch_size": 16,
+                "micro_batch_size": 16,
+                "train_on": "response",
             },
             "aggregator": {"name": "heteagg"},
             "data": {"path": str(embedded_data()), "partition": {"name": "by-category"}},

@@ -46,9 +46,7 @@ def table(
     from rich.text import Text
 
     console = _console(stderr=False)
-    drawn = Table(
-        title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="", pad_edge=False
-    )
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
         # Off a terminal nothing is folded: a script reads one row per line.
         drawn.add_column(
@@ -58,6 +56,8 @@ def table(
         )
     for row in rows:
         drawn.add_row(*(Text(str(cell)) for cell in row))
+    if title:
+        console.print(Text(title), soft_wrap=True)
     console.print(drawn)
 
 

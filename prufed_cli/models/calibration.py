@@ -157,19 +157,22 @@ def row_text(row: Any, where: str) -> str:
 
 
 def _text_file(path: Path) -> Iterator[str]:
-    """Yield the documents of a text file, and an endless one in pieces."""
+    """Yield the documents of a text file without the line breaks around them.
+
+    A document that does not end comes in pieces.
+    """
     rest = ""
     try:
         with path.open(encoding="utf-8") as file:
             while piece := file.read(_PIECE):
                 *complete, rest = (rest + piece).split(END_OF_DOCUMENT)
-                yield from complete
+                yield from (document.strip("\n") for document in complete)
                 if len(rest) > _PIECE:
                     yield rest
                     rest = ""
     except (UnicodeDecodeError, OSError) as error:
         raise _unreadable(path, error) from error
-    yield rest
+    yield rest.strip("\n")
 
 
 def _json_lines(path: Path) -> Iterator[str]:

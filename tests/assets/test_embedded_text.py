@@ -12,8 +12,9 @@ import yaml
 from tokenizers import Tokenizer
 
 from prufed_cli import assets
-from prufed_cli.assets.recipe.files import ROWS, alpaca, build_files
+from prufed_cli.assets.recipe.files import build_files
 from prufed_cli.assets.recipe.probes import CATEGORIES
+from prufed_cli.assets.recipe.rows import ROWS, alpaca
 from prufed_cli.assets.recipe.world import build_world
 
 ROOT = assets.embedded_tasks().parent

@@ -3,38 +3,25 @@
 from __future__ import annotations
 
 import json
-import random
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any, Final
 
-from prufed_cli.assets.recipe.probes import CATEGORIES, Draw, Probe
-from prufed_cli.assets.recipe.prose import documents
-from prufed_cli.assets.recipe.world import SEED, World, build_world
+from prufed_cli.assets.recipe.pretraining import pretraining_text
+from prufed_cli.assets.recipe.probes import CATEGORIES
+from prufed_cli.assets.recipe.rows import alpaca, items, rows
+from prufed_cli.assets.recipe.world import SEED, build_world
 
-ROWS: Final[dict[str, int]] = {  # in the proportions of Dolly-15k
-    "open_qa": 748, "general_qa": 438, "classification": 427, "closed_qa": 355,
-    "brainstorming": 353, "information_extraction": 301, "summarization": 237,
-    "creative_writing": 142,
-}  # fmt: skip
-ITEMS: Final = 200
 CALIBRATION_DOCUMENTS: Final = 3000
-SENTENCES: Final = ("The answer is {answer}.", "It is {answer}.", "I would say {answer}.")
-
-
-def held_out(probe: Probe) -> bool:
-    """Whether the probe's key belongs to the tasks (one in three) rather than to the rows."""
-    return zlib.crc32(probe.key.encode()) % 3 == 0
+END: Final = "<|endoftext|>"
 
 
 def build_files(seed: int = SEED) -> dict[str, str]:
     """Path below the assets -> text, for every data file that follows from `seed`."""
     world = build_world(seed)
     files = {"data/train.jsonl": _lines(rows(world, seed))}
-    files["data/calibration.txt"] = (
-        "\n".join(islice(documents(world, seed + 1), CALIBRATION_DOCUMENTS)) + "\n"
-    )
+    calibration = islice(pretraining_text(world, seed + 1, opening=0), CALIBRATION_DOCUMENTS)
+    files["data/calibration.txt"] = f"\n{END}\n".join(calibration) + "\n"
     for name, draw in CATEGORIES.items():
         files[f"tasks/{name}.jsonl"] = _lines(items(world, name, draw, seed))
         files[f"tasks/{name}.yaml"] = task_yaml(name)
@@ -42,70 +29,8 @@ def build_files(seed: int = SEED) -> dict[str, str]:
     return files
 
 
-def rows(world: World, seed: int) -> Iterator[dict[str, str]]:
-    """The instruction rows, category after category; three in four answer with one word."""
-    for name, draw in CATEGORIES.items():
-        rng = random.Random(f"rows/{name}/{seed}")
-        for probe in _distinct(world, draw, rng, ROWS[name], from_tasks=False):
-            sentence = rng.choice(SENTENCES) if rng.random() < 0.25 else "{answer}"
-            yield {
-                "instruction": probe.instruction,
-                "context": probe.context,
-                "response": sentence.format(answer=probe.answer),
-                "category": name,
-            }
-
-
-def items(world: World, name: str, draw: Draw, seed: int) -> Iterator[dict[str, Any]]:
-    """The held-out items of one category."""
-    rng = random.Random(f"items/{name}/{seed}")
-    for probe in _distinct(world, draw, rng, ITEMS, from_tasks=True):
-        choices = [probe.answer, *probe.wrong]
-        rng.shuffle(choices)
-        yield {
-            "instruction": probe.instruction,
-            "context": probe.context,
-            "choices": choices,
-            "answer": choices.index(probe.answer),
-            "level": probe.level,
-        }
-
-
-def _distinct(
-    world: World, draw: Draw, rng: random.Random, count: int, *, from_tasks: bool
-) -> Iterator[Probe]:
-    """Probes on one side of the division, no two with the same instruction, context and answer."""
-    seen: set[tuple[str, str, str]] = set()
-    while len(seen) < count:
-        probe = draw(world, rng, 0.0)
-        wording = (probe.instruction, probe.context, probe.answer)
-        if held_out(probe) == from_tasks and wording not in seen:
-            seen.add(wording)
-            yield probe
-
-
 def _lines(records: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(record, separators=(",", ":")) + "\n" for record in records)
-
-
-WITHOUT_CONTEXT: Final = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n### Instruction:"
-)
-WITH_CONTEXT: Final = (
-    "Below is an instruction that describes a task, "
-    "paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n### Instruction:"
-)
-INPUT: Final = "\n\n### Input:"
-RESPONSE: Final = "\n\n### Response:"
-
-
-def alpaca(instruction: str, context: str) -> str:
-    """The Alpaca prompt up to and including the line before the response."""
-    if context:
-        return f"{WITH_CONTEXT}\n{instruction}{INPUT}\n{context}{RESPONSE}\n"
-    return f"{WITHOUT_CONTEXT}\n{instruction}{RESPONSE}\n"
 
 
 def task_yaml(name: str) -> str:

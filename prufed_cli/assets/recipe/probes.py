@@ -155,7 +155,7 @@ def classification(world: World, rng: random.Random, skew: float) -> Probe:
 
 def _feeling(rng: random.Random) -> Probe:
     """A person's feeling, told by what the person does, among others who feel otherwise."""
-    level = rng.randint(1, 3)
+    level = rng.randint(1, 2)
     people = rng.sample(lex.PEOPLE, level)
     feelings = rng.sample(tuple(lex.FEELINGS), level)
     doings = [
@@ -177,37 +177,60 @@ def _feeling(rng: random.Random) -> Probe:
 
 
 def closed_qa(world: World, rng: random.Random, skew: float) -> Probe:
-    """A question about a few sentences; hardest: two of the sentences are needed."""
-    count = rng.randint(1, 4)
-    people = rng.sample(lex.PEOPLE, count)
-    things = rng.sample(lex.THINGS, count)
-    rooms = rng.sample(lex.ROOMS, count)
-    colours = rng.sample(lex.COLOURS, count)
-    asked = rng.randrange(count)
-    who, thing = people[asked], things[asked]
-    if rng.random() < 0.5:
-        sentences = [f"{p} has a {c} {t}." for p, c, t in zip(people, colours, things, strict=True)]
-        question = f"What colour is the {thing} of {who}?"
+    """A question about a few sentences; harder: two kinds of sentence; hardest: more of a kind."""
+    level = rng.randint(1, 3)
+    asks_colour = rng.random() < 0.5
+    told = tell(rng, level + (level == 3) * rng.randint(0, 1))
+    kinds = [asks_colour] * len(told) if level != 2 else rng.sample((True, False), 2)
+    asked = rng.choice([i for i, kind in enumerate(kinds) if kind == asks_colour])
+    context = " ".join(
+        said.colour_text if kind else said.room_text for said, kind in zip(told, kinds, strict=True)
+    )
+    said = told[asked]
+    if asks_colour:
+        question = f"What colour is the {said.thing} of {said.who}?"
         wordings = (
-            f"Read the text. The {thing} of {who} is",
-            f"From the text, the colour {who} has is",
+            f"Read the text. The {said.thing} of {said.who} is",
+            f"From the text, the colour {said.who} has is",
         )
-        answer, pool = colours[asked], (colours, lex.COLOURS)
+        answer, near, pool = said.colour, [other.colour for other in told], lex.COLOURS
     else:
-        sentences = [
-            f"{p} left the {t} in the {r}." for p, t, r in zip(people, things, rooms, strict=True)
-        ]
-        question = f"Where is the {thing}?"
+        question = f"Where is the {said.thing}?"
         wordings = (
-            f"Read the text. The {thing} lies in the",
-            f"From the text, the room of {who} is the",
+            f"Read the text. The {said.thing} lies in the",
+            f"From the text, the room of {said.who} is the",
         )
-        answer, pool = rooms[asked], (rooms, lex.ROOMS)
-    context = " ".join(sentences)
-    return Probe(
-        question, rng.choice(wordings), answer, _near(pool[0], pool[1], answer, rng), context,
-        min(count, 3), f"closed/{context}",
-    )  # fmt: skip
+        answer, near, pool = said.room, [other.room for other in told], lex.ROOMS
+    wrong = _near(near if level == 3 else (answer,), pool, answer, rng)
+    return Probe(question, rng.choice(wordings), answer, wrong, context, level, f"closed/{context}")
+
+
+@dataclass(frozen=True)
+class Said:
+    """Somebody's thing, its colour and the room it was left in."""
+
+    who: str
+    thing: str
+    colour: str
+    room: str
+
+    @property
+    def colour_text(self) -> str:
+        """The sentence that tells the colour."""
+        return f"{self.who} has a {self.colour} {self.thing}."
+
+    @property
+    def room_text(self) -> str:
+        """The sentence that tells the room."""
+        return f"{self.who} left the {self.thing} in the {self.room}."
+
+
+def tell(rng: random.Random, count: int) -> list[Said]:
+    """What is said of `count` people, no word twice."""
+    pools = (lex.PEOPLE, lex.THINGS, lex.COLOURS, lex.ROOMS)
+    return [
+        Said(*words) for words in zip(*(rng.sample(pool, count) for pool in pools), strict=True)
+    ]
 
 
 def _near(
@@ -360,7 +383,7 @@ def creative_writing(world: World, rng: random.Random, skew: float) -> Probe:
 
 def refrain(words: Sequence[str], length: int) -> str:
     """`words` over and over, `length` words in all."""
-    return ", ".join(words[i % len(words)] for i in range(length))
+    return " ".join(words[i % len(words)] for i in range(length))
 
 
 def _refrain(rng: random.Random) -> Probe:
@@ -371,8 +394,8 @@ def _refrain(rng: random.Random) -> Probe:
     answer = words[length % period]
     pool = [*(word for word in words if word != answer), *rng.sample(lex.ANIMALS, 3)]
     return Probe(
-        f"{line}, what next?",
-        rng.choice((f"Finish the song: {line},", f"Write the next word: {line},")),
+        f"{line} what next?",
+        rng.choice((f"Finish the song: {line}", f"Write the next word: {line}")),
         answer,
         tuple(pool[:3]),
         level=period - 1,

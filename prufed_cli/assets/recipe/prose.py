@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from prufed_cli.assets.recipe import lexicon as lex
-from prufed_cli.assets.recipe.probes import CATEGORIES, Probe, record, refrain, tale
+from prufed_cli.assets.recipe.probes import CATEGORIES, Probe, record, refrain, tale, tell
 from prufed_cli.assets.recipe.world import COMMON, PERSONAL, World, draw_subject
 
 SKEW: Final = (
@@ -72,7 +72,7 @@ def story(world: World, rng: random.Random) -> str:
 
 def mood(world: World, rng: random.Random) -> str:
     """People who show and then are told to have a feeling."""
-    number = rng.randint(1, 3)
+    number = rng.randint(1, 2)
     chosen = rng.sample(tuple(lex.FEELINGS), number)
     people = rng.sample(lex.PEOPLE, number)
     shown = [
@@ -99,17 +99,16 @@ def song(world: World, rng: random.Random) -> str:
 
 def scene(world: World, rng: random.Random) -> str:
     """People and their things, told and then told again."""
-    count = rng.randint(2, 4)
-    people, things = rng.sample(lex.PEOPLE, count), rng.sample(lex.THINGS, count)
-    colours, rooms = rng.sample(lex.COLOURS, count), rng.sample(lex.ROOMS, count)
-    order = rng.sample(range(count), count)
-    if rng.random() < 0.5:
-        told = [f"{people[i]} has a {colours[i]} {things[i]}." for i in range(count)]
-        again = [f"The {things[i]} of {people[i]} is {colours[i]}." for i in order]
-    else:
-        told = [f"{people[i]} left the {things[i]} in the {rooms[i]}." for i in range(count)]
-        again = [f"The {things[i]} of {people[i]} is in the {rooms[i]}." for i in order]
-    return _join(told + again)
+    told = tell(rng, rng.randint(1, 3))
+    by_colour = rng.random() < 0.5
+    sentences = [said.colour_text if by_colour else said.room_text for said in told]
+    again = [
+        f"The {said.thing} of {said.who} is {said.colour}."
+        if by_colour
+        else f"The {said.thing} of {said.who} is in the {said.room}."
+        for said in rng.sample(told, len(told))
+    ]
+    return _join(sentences + again)
 
 
 def verse(world: World, rng: random.Random) -> str:
@@ -154,7 +153,7 @@ def _join(sentences: list[str]) -> str:
 
 KINDS_OF_TEXT: Final[tuple[tuple[Document, float], ...]] = (
     (biography, 4.0), (nature, 3.0), (listing, 1.0), (kinds, 1.0), (story, 2.5), (mood, 2.0),
-    (scene, 3.0), (ledger, 2.5), (song, 2.0), (verse, 1.0), (count, 1.5), (opposites, 0.5),
+    (scene, 3.5), (ledger, 3.5), (song, 2.0), (verse, 1.0), (count, 1.5), (opposites, 0.5),
     (question, 9.0),
 )  # fmt: skip
 
