@@ -32,7 +32,7 @@ LONGEST: Final = 2048
 SURPLUS: Final = 4
 """Tokens are read until there are this many times what the sequences need."""
 
-FIELDS: Final = ("instruction", "context", "response")
+FIELDS: Final = ("instruction", "context", "input", "response", "output")
 HINT: Final = "pass a text or JSONL file, a directory, a Hub data set, or nothing for the built-in"
 
 _PIECE: Final = 1 << 20
@@ -69,7 +69,8 @@ def calibration_batches(
     Args:
         source: a text file; a ``.jsonl`` file; a local ``datasets`` directory; the id of a data set
             on the Hub, ``id`` or ``id:configuration``; None for the embedded text. Rows have a
-            ``text``, or an ``instruction``, ``context`` and ``response``.
+            ``text``, or ``messages``, or an ``instruction``, ``context`` and ``response`` (Alpaca's
+            ``input`` and ``output``).
         tokenizer: of the model to be pruned.
         samples: how many sequences; a short text gives fewer.
         length: tokens per sequence; None for what the tokenizer's model takes, at most ``longest``
@@ -138,22 +139,35 @@ def documents(source: str | None) -> Iterator[str]:
 
 
 def row_text(row: Any, where: str) -> str:
-    """Return a row's ``text``, or its instruction, context and response on lines of their own.
+    """Return a row's ``text``, the turns of its chat, or its instruction, context and response.
 
     Raises:
         PrufedError: the row has none of them; names ``where``.
     """
+    parts: list[str] = []
     if isinstance(row, Mapping):
         if isinstance(row.get("text"), str):
             return str(row["text"])
-        parts = [row[field] for field in FIELDS if isinstance(row.get(field), str)]
-        if parts:
-            return "\n".join(part for part in parts if part)
-    raise PrufedError(
-        f"{where} has no text, instruction, context or response",
-        "give every row a text, or an instruction and a response",
-        USAGE,
-    )
+        parts = _turns(row.get("messages")) or [
+            row[field] for field in FIELDS if isinstance(row.get(field), str)
+        ]
+    if not parts:
+        raise PrufedError(
+            f"{where} has no text, messages, instruction, context or response",
+            "give every row a text, or an instruction and a response",
+            USAGE,
+        )
+    return "\n".join(part for part in parts if part)
+
+
+def _turns(messages: Any) -> list[str]:
+    """Return what is said in a chat; nothing where there is none."""
+    turns = messages if isinstance(messages, Sequence) and not isinstance(messages, str) else ()
+    return [
+        turn["content"]
+        for turn in turns
+        if isinstance(turn, Mapping) and isinstance(turn.get("content"), str)
+    ]
 
 
 def _text_file(path: Path) -> Iterator[str]:

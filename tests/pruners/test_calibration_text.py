@@ -88,9 +88,11 @@ def test_rows_give_their_text_or_their_instruction(tokenizer: Any, tmp_path: Pat
         {"text": "w1 w2"},
         {"instruction": "w3", "context": "", "response": "w4", "category": "w9"},
         {"instruction": "w5", "context": "w6", "response": "w7"},
+        {"instruction": "w8", "input": "", "output": "w9"},
+        {"messages": [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]},
     )
-    calibration = calibration_batches(source, tokenizer, samples=1, length=10)
-    assert rows_of(calibration) == [[50, 1, 2, 50, 3, 4, 50, 5, 6, 7]]
+    calibration = calibration_batches(source, tokenizer, samples=1, length=16)
+    assert rows_of(calibration) == [[50, 1, 2, 50, 3, 4, 50, 5, 6, 7, 50, 8, 9, 50, 5, 6]]
 
 
 def test_a_saved_data_set_and_a_directory_of_files(tokenizer: Any, tmp_path: Path) -> None:
