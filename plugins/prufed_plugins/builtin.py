@@ -17,7 +17,7 @@ def prufed_pruners() -> Iterator[Method]:
         name="magnitude",
         target="prufed_plugins.pruners.magnitude:Magnitude",
         params=params.MagnitudeParams,
-        summary="remove the smallest weights; needs no calibration",
+        summary="remove the smallest weights; needs no calibration unless layer_ratio is owl",
         paper="Han et al. 2015, https://arxiv.org/abs/1506.02626",
     )
     yield Method(

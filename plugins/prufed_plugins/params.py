@@ -101,7 +101,38 @@ class ShardsParams(Params):
 # --- pruners -------------------------------------------------------------------------------------
 
 
-class MagnitudeParams(Params):
+Threshold = Literal["exact", "reference"]
+"""How the entries to remove are counted."""
+
+
+class ElementParams(Params):
+    """What can be set on every pruner that removes single entries."""
+
+    threshold: Threshold = Field(
+        default="exact",
+        description="how the share is counted: exactly, ties by index, or as the published code",
+    )
+    include: str | None = Field(
+        default=None,
+        min_length=1,
+        description="prune only matrices of such names: patterns like *.mlp.*, separated by commas",
+    )
+    exclude: str | None = Field(
+        default=None, min_length=1, description="leave out matrices of such names: *.down_proj"
+    )
+    layer_ratio: Literal["uniform", "owl"] = Field(
+        default="uniform",
+        description="every layer alike, or less from layers with more outliers (needs calibration)",
+    )
+    owl_m: float = Field(
+        default=5.0, gt=0, description="owl: scores above so many times the mean are outliers"
+    )
+    owl_lambda: float = Field(
+        default=0.08, ge=0, le=0.5, description="owl: layers differ by at most twice this sparsity"
+    )
+
+
+class MagnitudeParams(ElementParams):
     """Parameters of the pruner ``magnitude``."""
 
     group: Literal["layer", "row", "global"] = Field(
@@ -109,12 +140,20 @@ class MagnitudeParams(Params):
         description="what loses the share together: each matrix, each of its rows, all matrices",
     )
 
+    @model_validator(mode="after")
+    def _check_group(self) -> MagnitudeParams:
+        if self.threshold == "reference" and self.group != "layer":
+            raise ValueError(f"threshold reference knows group layer only, not {self.group}")
+        if self.layer_ratio == "owl" and self.group == "global":
+            raise ValueError("group global and layer_ratio owl exclude each other")
+        return self
 
-class WandaParams(Params):
+
+class WandaParams(ElementParams):
     """Parameters of the pruner ``wanda``."""
 
 
-class SparseGPTParams(Params):
+class SparseGPTParams(ElementParams):
     """Parameters of the pruner ``sparsegpt``."""
 
     block_size: int = Field(

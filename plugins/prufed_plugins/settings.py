@@ -115,6 +115,8 @@ def parse_settings(assignments: Sequence[str]) -> dict[str, Any]:
 def _parse_value(key: str, text: str) -> Any:
     import yaml
 
+    if text.startswith("*"):
+        return text  # a pattern: in YAML an alias, which a single value cannot have
     try:
         value = yaml.load(text, Loader=_loader())  # a SafeLoader with fewer implicit types
     except yaml.YAMLError as error:

@@ -1,50 +1,103 @@
-"""The faster formulation makes the published algorithm's decisions."""
+"""The faster formulation makes the published algorithm's decisions, and the published code's."""
 
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from prufed_plugins.api import PruneTarget
-from prufed_plugins.pruners import sparsegpt
-from prufed_plugins.pruners.hessian import InputHessian, factorize
+from prufed_plugins.pruners import magnitude, sparsegpt, wanda
+from prufed_plugins.pruners.hessian import InputHessian, InputNorms, factorize
+from prufed_plugins.pruners.selection import pruned_count
 
-TARGETS = [
-    PruneTarget(sparsity=0.25),
-    PruneTarget(sparsity=0.5),
-    PruneTarget(sparsity=0.75),
-    PruneTarget(pattern=(2, 4)),
-    PruneTarget(pattern=(4, 8)),
-    PruneTarget(pattern=(1, 3)),
-]
+SPARSITIES = [PruneTarget(sparsity=sparsity) for sparsity in (0.0, 0.25, 0.5, 0.75)]
+PATTERNS = [PruneTarget(pattern=pattern) for pattern in ((2, 4), (4, 8), (1, 3), (5, 7))]
+ROWS, COLUMNS = 160, 309  # a last block that is not full, and partial groups in it
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=str)
-def test_masks_and_weights_agree(plain: ModuleType, target: PruneTarget) -> None:
-    rows, columns = 160, 312  # a last block that is not full; 312 is divisible by 3, 4 and 8
-    generator = torch.Generator().manual_seed(0)
-    mixing = (
-        torch.eye(columns) + 0.4 * torch.randn(columns, columns, generator=generator) / columns**0.5
-    )
-    scale = torch.rand(columns, generator=generator) + 0.1
-    inputs = torch.randn(1500, columns, generator=generator) * scale @ mixing
-    inputs[:, 17] = 0.0
-    hessian = InputHessian(columns, torch.device("cpu"))
+def problem(seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Return a weight (160, 309) and the Hessian of correlated inputs, two of them silent."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(COLUMNS, COLUMNS, generator=generator) / COLUMNS**0.5
+    scale = torch.rand(COLUMNS, generator=generator) + 0.1
+    inputs = torch.randn(1500, COLUMNS, generator=generator) * scale
+    inputs = inputs @ (torch.eye(COLUMNS) + 0.4 * mixing)
+    inputs[:, [17, 300]] = 0.0
+    hessian = InputHessian(COLUMNS, torch.device("cpu"))
     hessian.add(inputs)
-    matrix = hessian.matrix()
-    weight = 0.02 * torch.randn(rows, columns, generator=generator)
-    block = 126 if target.pattern == (1, 3) else 128
+    return 0.02 * torch.randn(ROWS, COLUMNS, generator=generator), hessian.matrix()
+
+
+@pytest.mark.parametrize("threshold", ["exact", "reference"])
+@pytest.mark.parametrize("target", [*SPARSITIES, *PATTERNS], ids=str)
+def test_masks_and_weights_agree(plain: ModuleType, target: PruneTarget, threshold: Any) -> None:
+    weight, hessian = problem()
+    m = target.pattern[1] if target.pattern else 1
     expected, pruned = plain.plain_sparsegpt(
-        weight, matrix, target.sparsity or 0.0, target.pattern, block
+        weight,
+        hessian,
+        target.sparsity or 0.0,
+        target.pattern,
+        128 // m * m,
+        exact=threshold == "exact",
     )
-    choice = sparsegpt.choose(weight, factorize(matrix.clone(), 0.01), target)
+    choice = sparsegpt.choose(weight, factorize(hessian, 0.01), target, threshold=threshold)
     agreement = float((choice.pruned == pruned).float().mean())
     assert agreement >= 0.9999
-    assert choice.weight is not None
-    found = choice.weight.masked_fill(choice.pruned, 0.0)
+    found = weight if choice.weight is None else choice.weight.masked_fill(choice.pruned, 0.0)
     if agreement == 1:
         assert float((found - expected).abs().max()) <= 5e-5
-    error = [float(((weight - one) @ matrix * (weight - one)).sum()) for one in (found, expected)]
+    error = [float(((weight - one) @ hessian * (weight - one)).sum()) for one in (found, expected)]
     assert error[0] == pytest.approx(error[1], rel=1e-4)
+
+
+def test_the_published_count_is_one_more_per_block_even_at_sparsity_zero(
+    plain: ModuleType,
+) -> None:
+    weight, hessian = problem()
+    hessian += torch.diag((hessian.diagonal() == 0).float())  # no silent channel
+    for sparsity in (0.0, 0.5):
+        choice = sparsegpt.choose(
+            weight,
+            factorize(hessian, 0.01),
+            PruneTarget(sparsity=sparsity),
+            threshold="reference",
+        )
+        counts = [int(block.sum()) for block in choice.pruned.split(128, dim=1)]
+        assert counts == [int(ROWS * width * sparsity) + 1 for width in (128, 128, 53)]
+
+
+def published_magnitude(weight: Tensor, sparsity: float) -> Tensor:
+    scores = weight.abs()
+    return scores <= scores.flatten().sort().values[int(weight.numel() * sparsity)]
+
+
+def published_wanda(weight: Tensor, norms: Tensor, sparsity: float) -> Tensor:
+    scores = weight.abs() * norms
+    order = torch.sort(scores, dim=-1, stable=True).indices[:, : int(scores.shape[1] * sparsity)]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.29, 0.5, 0.75])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_magnitude_and_wanda_choose_what_the_published_code_chooses(
+    sparsity: float, dtype: torch.dtype
+) -> None:
+    target = PruneTarget(sparsity=sparsity)
+    weight = problem()[0][:, :100].to(dtype).float()  # bfloat16 leaves many equal magnitudes
+    assert torch.equal(
+        magnitude.choose(weight, target, threshold="reference"),
+        published_magnitude(weight, sparsity),
+    )
+    norms = InputNorms(100, torch.device("cpu"))
+    norms.add(torch.randn(50, 100, generator=torch.Generator().manual_seed(1)).round())
+    assert torch.equal(
+        wanda.choose(weight, norms, target, "reference").pruned,
+        published_wanda(weight, norms.second_moments().sqrt(), sparsity),
+    )
+    exact = magnitude.choose(weight, target)
+    assert int(exact.sum()) == pruned_count(sparsity, weight.numel())

@@ -101,23 +101,21 @@ def test_the_update_lowers_the_output_error_of_its_own_mask(target: PruneTarget)
     assert output_error(weight, pruned, inputs) < 0.95 * output_error(weight, masked, inputs)
 
 
-def test_the_reported_loss_is_the_error_under_the_damped_hessian() -> None:
-    hessian = hessian_of(correlated(500, 40))
+@pytest.mark.parametrize("target", [PruneTarget(sparsity=0.6), PruneTarget(pattern=(3, 7))])
+def test_the_squared_error_is_that_of_the_outputs_on_the_calibration(target: PruneTarget) -> None:
+    inputs = correlated(500, 40)
     weight = torch.randn(12, 40, generator=torch.Generator().manual_seed(3))
-    choice = sparsegpt.choose(
-        weight, factorize(hessian.clone(), 0.01), PruneTarget(sparsity=0.6), 16
-    )
+    choice = sparsegpt.choose(weight, factorize(hessian_of(inputs), 0.01), target, 16)
     assert choice.weight is not None
-    change = weight - choice.weight.masked_fill(choice.pruned, 0.0)
-    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(40)
-    expected = float((change @ damped * change).sum())
-    assert choice.report["loss"] == pytest.approx(expected, rel=1e-4)
+    pruned = choice.weight.masked_fill(choice.pruned, 0.0)
+    expected = output_error(weight, pruned, inputs) / 500
+    assert choice.squared_error == pytest.approx(expected, rel=1e-4)
 
 
 def test_one_pruned_weight_moves_later_columns_by_the_closed_form() -> None:
     hessian = hessian_of(correlated(200, 6))
     weight = torch.tensor([[3.0, 2.0, 0.01, 4.0, 5.0, 6.0]])
-    choice = sparsegpt.choose(weight, factorize(hessian.clone(), 0.01), PruneTarget(sparsity=1 / 6))
+    choice = sparsegpt.choose(weight, factorize(hessian.clone(), 0.01), PruneTarget(sparsity=0.17))
     assert choice.weight is not None
     assert choice.pruned.tolist() == [[False, False, True, False, False, False]]
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(6)
@@ -135,16 +133,35 @@ def test_every_block_of_columns_loses_exactly_its_share() -> None:
     assert counts == [int(0.3 * 56), int(0.3 * 56), int(0.3 * 28)]
 
 
-def test_a_silent_channel_is_wiped_and_counted() -> None:
+@pytest.mark.parametrize("target", [PruneTarget(sparsity=0.5), PruneTarget(pattern=(2, 4))])
+def test_silent_channels_go_first_but_not_beyond_the_target(target: PruneTarget) -> None:
     inputs = correlated(200, 12)
-    inputs[:, 3] = 0.0
+    inputs[:, :9] = 0.0
     weight = torch.randn(5, 12, generator=torch.Generator().manual_seed(4))
     factor = factorize(hessian_of(inputs), 0.01)
-    choice = sparsegpt.choose(weight, factor, PruneTarget(sparsity=0.5))
-    assert choice.weight is not None
-    assert not choice.weight[:, 3].any()
-    assert choice.report["dead_channels"] == 1
+    choice = sparsegpt.choose(weight, factor, target)
     assert int(choice.pruned.sum()) == 30
+    assert choice.report["dead_channels"] == 9
+    assert choice.weight is not None
+    silent_and_kept = ~choice.pruned
+    silent_and_kept[:, 9:] = False
+    assert silent_and_kept.any()
+    assert torch.equal(choice.weight[silent_and_kept], weight[silent_and_kept])
+    if target.pattern is None:
+        assert not choice.pruned[:, 9:].any()
+        assert choice.squared_error == 0
+
+
+def test_the_published_code_wipes_silent_channels_and_so_does_its_mode() -> None:
+    inputs = correlated(200, 12)
+    inputs[:, :9] = 0.0
+    weight = torch.randn(5, 12, generator=torch.Generator().manual_seed(4))
+    factor = factorize(hessian_of(inputs), 0.01)
+    choice = sparsegpt.choose(weight, factor, PruneTarget(sparsity=0.5), threshold="reference")
+    assert choice.pruned[:, :9].all()
+    assert not choice.pruned[:, 9:].any()
+    assert choice.weight is not None
+    assert not choice.weight[:, :9].any()
 
 
 def test_damping_rises_until_the_factor_exists_and_is_reported() -> None:
@@ -152,6 +169,7 @@ def test_damping_rises_until_the_factor_exists_and_is_reported() -> None:
     indefinite[0, 0] = -0.05
     factor = factorize(indefinite, 0.01)
     assert factor.damping == pytest.approx(0.1)
+    assert factor.retries == 1
 
 
 def test_a_hessian_that_no_damping_mends_is_refused() -> None:

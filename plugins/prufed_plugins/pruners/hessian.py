@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
@@ -86,11 +87,12 @@ class InputHessian:
         Raises:
             MethodError: H is not positive definite even with a damping of 1.
         """
-        hessian = self.matrix()
+        reversed_ = self._sum.mul_(2.0 / self.tokens).flip(0, 1)
         del self._sum
-        return factorize(hessian, self.damping)
+        return _factorize_reversed(reversed_, self.damping)
 
 
+@dataclass(frozen=True)
 class Factor:
     """R upper triangular with H + λI = R·Rᵀ, so that R⁻¹ is the Cholesky factor U of H⁻¹.
 
@@ -98,12 +100,15 @@ class Factor:
         upper: R, (columns, columns).
         dead: bool (columns,): channels that were zero on every token; H_jj is 1 there.
         damping: the share of the mean diagonal that was added in the end.
+        added: λ, what that share came to.
+        retries: how often the damping was raised before the factorization succeeded.
     """
 
-    def __init__(self, upper: Tensor, dead: Tensor, damping: float) -> None:
-        self.upper = upper
-        self.dead = dead
-        self.damping = damping
+    upper: Tensor
+    dead: Tensor
+    damping: float
+    added: float
+    retries: int
 
 
 def factorize(hessian: Tensor, damping: float) -> Factor:
@@ -112,30 +117,38 @@ def factorize(hessian: Tensor, damping: float) -> Factor:
     R is the reversed Cholesky factor of the reversed matrix, so no inverse is ever formed.
 
     Args:
-        hessian: (columns, columns), symmetric; overwritten.
+        hessian: (columns, columns), symmetric; only the triangle above the diagonal is read.
         damping: share of the mean diagonal to add at first.
 
     Raises:
         MethodError: not positive definite even with a damping of 1.
     """
-    diagonal = hessian.diagonal()
+    return _factorize_reversed(hessian.flip(0, 1), damping)
+
+
+def _factorize_reversed(matrix: Tensor, damping: float) -> Factor:
+    """Factor a Hessian whose rows and columns come in reverse order; it is overwritten."""
+    diagonal = matrix.diagonal()
     dead = diagonal == 0
     diagonal[dead] = 1.0
     scale = float(diagonal.mean())
     added = 0.0
+    retries = 0
     while True:
-        diagonal += (damping - added) * scale
-        added = damping
-        lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+        diagonal += damping * scale - added
+        added = damping * scale
+        # an upper factor of the transpose: LAPACK takes and gives it without a transposed copy
+        upper, failed = torch.linalg.cholesky_ex(matrix.mT, upper=True)
         if not int(failed):
-            return Factor(lower.flip(0, 1), dead, damping)
+            return Factor(upper.mT.flip(0, 1), dead.flip(0), damping, added, retries)
         if damping >= LARGEST_DAMPING:
             raise MethodError(
-                f"the {hessian.shape[0]}×{hessian.shape[0]} Hessian of the calibration inputs is "
+                f"the {matrix.shape[0]}×{matrix.shape[0]} Hessian of the calibration inputs is "
                 f"not positive definite even with a damping of {damping:g}",
                 "calibrate with more text, or use --method wanda, which needs no factorization",
             )
         damping = min(damping * 10, LARGEST_DAMPING)
+        retries += 1
 
 
 def _panels(columns: int) -> Iterator[tuple[int, int]]:

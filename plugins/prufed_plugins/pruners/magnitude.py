@@ -5,103 +5,146 @@ https://arxiv.org/abs/1506.02626
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final, Literal
 
 import torch
 
-from prufed_plugins.pruners.selection import pruned_count, smallest, smallest_of_groups
-from prufed_plugins.pruners.sequential import (
-    Choice,
-    as_matrix,
-    check_matrices,
-    float_matrix,
-    write,
+from prufed_plugins.pruners.matrices import Choice, float_matrix
+from prufed_plugins.pruners.selection import (
+    at_most_threshold,
+    pruned_count,
+    smallest,
+    smallest_of_groups,
 )
+from prufed_plugins.pruners.sequential import ElementPruner
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prufed_plugins.api import Decoder, Progress, PrunedMatrix, PruneTarget
-    from prufed_plugins.params import MagnitudeParams
+    from prufed_plugins.api import Decoder, Progress, PruneTarget
+    from prufed_plugins.params import MagnitudeParams, Threshold
+    from prufed_plugins.pruners.collecting import Observed
+    from prufed_plugins.pruners.hessian import InputNorms
 
-BINS = 1 << 16
+BINS: Final = 1 << 16
 
 
-class Magnitude:
-    """Prune ⌊s·n⌋ entries of every matrix, row, or of all matrices together; or n of every m."""
+class Magnitude(ElementPruner["InputNorms"]):
+    """Prune ⌊s·n⌋ entries of every matrix, row, or of all matrices together; or n of every m.
 
-    result: Literal["masked"] = "masked"
-    needs_calibration = False
+    All matrices together: a survey of the dense model finds how many of the smallest lie in each.
+    """
 
     def __init__(self, params: MagnitudeParams) -> None:
-        self._group = params.group
+        def choose_matrix(
+            weight: Tensor,
+            observed: Observed[InputNorms] | None,
+            target: PruneTarget,
+            forced: Tensor | None,
+        ) -> Choice:
+            # what a smaller sparsity removes, a larger one does too: nothing has to be forced
+            return Choice(choose(weight, target, params.group, params.threshold))
 
-    def prune(
+        super().__init__(params, choose_matrix, None)
+        self._overall = params.group == "global"
+        self._varies |= self._overall
+
+    def _vary(
         self,
         decoder: Decoder,
         calibration: Sequence[Tensor] | None,
-        target: PruneTarget,
+        names: frozenset[str],
+        targets: Sequence[PruneTarget],
         progress: Progress,
-    ) -> Iterator[PrunedMatrix]:
-        """Yield the pruned matrices; see :meth:`prufed_plugins.api.Pruner.prune`."""
-        check_matrices(decoder, target)
-        select = self._selection(decoder, target)
-        total = len(decoder.blocks)
-        for index in range(decoder.start, total):
-            for name, module in decoder.linears(index).items():
-                started = time.perf_counter()
-                choice = Choice(select(float_matrix(name, module).abs()))
-                yield write(name, module, choice, decoder.dtype, time.perf_counter() - started)
-            progress("block", index + 1, total)
+    ) -> Sequence[PruneTarget]:
+        if not self._overall:
+            return super()._vary(decoder, calibration, names, targets, progress)
+        sizes = {
+            name: rows * columns
+            for index in range(len(decoder.blocks))
+            for name, (rows, columns) in decoder.shapes(index).items()
+            if name in names
+        }
+        counts = [pruned_count(one.sparsity or 0.0, sum(sizes.values())) for one in targets]
+        shares = smallest_overall(lambda: _magnitudes(decoder, names, progress), counts)
+        # half an entry more keeps the count through the division and the rounding down
+        return [
+            replace(
+                target,
+                per_matrix={
+                    name: min((count + 0.5) / size, 1.0)
+                    for count, (name, size) in zip(share, sizes.items(), strict=True)
+                },
+            )
+            for target, share in zip(targets, shares, strict=True)
+        ]
 
-    def _selection(self, decoder: Decoder, target: PruneTarget) -> Callable[[Tensor], Tensor]:
-        pattern, sparsity = target.pattern, target.sparsity or 0.0
-        if pattern is not None:
-            return lambda scores: smallest_of_groups(scores, pattern)
-        if self._group == "row":
-            return lambda scores: smallest(scores, pruned_count(sparsity, scores.shape[1]))
-        if self._group == "global":
-            return GlobalThreshold(lambda: _magnitudes(decoder), sparsity)
-        return lambda scores: smallest(
-            scores.reshape(1, -1), pruned_count(sparsity, scores.numel())
-        ).reshape(scores.shape)
+
+def choose(
+    weight: Tensor,
+    target: PruneTarget,
+    group: Literal["layer", "row", "global"] = "layer",
+    threshold: Threshold = "exact",
+) -> Tensor:
+    """Return what to prune of a float32 weight (rows, columns), bool of its shape."""
+    scores = weight.abs()
+    sparsity = target.sparsity or 0.0
+    if target.pattern is not None:
+        return smallest_of_groups(scores, target.pattern)
+    if threshold == "reference":
+        return at_most_threshold(scores, sparsity)
+    if group == "row":
+        return smallest(scores, pruned_count(sparsity, scores.shape[1]))
+    count = pruned_count(sparsity, scores.numel())
+    return smallest(scores.reshape(1, -1), count).reshape(scores.shape)
 
 
-class GlobalThreshold:
-    """The ⌊s·n⌋ smallest of all matrices together, found without holding them together.
+def smallest_overall(
+    scores: Callable[[], Iterator[Tensor]], counts: Sequence[int]
+) -> list[list[int]]:
+    """Return how many of the smallest entries of all tensors together lie in each of them.
 
-    The bits of a non-negative float order like the float, so two histograms of 16 bits each give
-    the exact threshold. Entries at the threshold go in the order of the matrices and their index.
+    The tensors are never held together. The bits of a non-negative float order like the float, so
+    two histograms of 16 bits each give the exact threshold.
+
+    Args:
+        scores: starts an iteration over the tensors, float32 and non-negative; called three times.
+        counts: how many entries to take; one answer for each.
+
+    Returns:
+        For each count, a number per tensor. Entries at the threshold are taken in the order of the
+        tensors.
     """
+    whole = _histogram(bits >> 16 for bits in map(_bits, scores()))
+    highs = [_bin(whole, count) for count in counts]
+    parts = {high: torch.zeros(BINS, dtype=torch.int64) for high, _ in highs}
+    for bits in map(_bits, scores()):
+        for high, part in parts.items():
+            part += _histogram([bits[bits >> 16 == high] & 0xFFFF])
+    lows = [_bin(parts[high], rank) for high, rank in highs]
+    thresholds = [high << 16 | low for (high, _), (low, _) in zip(highs, lows, strict=True)]
+    left = [rank for _, rank in lows]
+    found: list[list[int]] = [[] for _ in counts]
+    for bits in map(_bits, scores()):
+        for position, threshold in enumerate(thresholds):
+            ties = min(int((bits == threshold).sum()), left[position])
+            left[position] -= ties
+            found[position].append(int((bits < threshold).sum()) + ties)
+    return found
 
-    def __init__(self, scores: Callable[[], Iterator[Tensor]], sparsity: float) -> None:
-        count = pruned_count(sparsity, sum(one.numel() for one in scores()))
-        high = low = 0
-        if count:
-            high, count = _bin(scores, lambda bits: bits >> 16, count)
-            low, count = _bin(scores, lambda bits: bits[bits >> 16 == high] & 0xFFFF, count)
-        self._threshold = high << 16 | low
-        self._ties = count
 
-    def __call__(self, scores: Tensor) -> Tensor:
-        """Mark what goes of the next matrix; called once for each, in their order."""
-        bits = _bits(scores)
-        tied = (bits == self._threshold).flatten()
-        tied &= tied.cumsum(0) <= self._ties
-        self._ties -= int(tied.sum())
-        return (bits < self._threshold) | tied.reshape(scores.shape)
+def _histogram(keys: Iterable[Tensor]) -> Tensor:
+    counts = torch.zeros(BINS, dtype=torch.int64)
+    for one in keys:
+        counts += torch.bincount(one.flatten(), minlength=BINS).cpu()
+    return counts
 
 
-def _bin(
-    scores: Callable[[], Iterator[Tensor]], key: Callable[[Tensor], Tensor], count: int
-) -> tuple[int, int]:
+def _bin(histogram: Tensor, count: int) -> tuple[int, int]:
     """Return the bin of the ``count``-th smallest key and its rank inside that bin."""
-    histogram = sum(
-        torch.bincount(key(_bits(one)).flatten(), minlength=BINS).cpu() for one in scores()
-    )
-    cumulative = torch.as_tensor(histogram).cumsum(0)
+    cumulative = histogram.cumsum(0)
     found = int(torch.searchsorted(cumulative, count))
     return found, count - (int(cumulative[found - 1]) if found else 0)
 
@@ -110,7 +153,10 @@ def _bits(scores: Tensor) -> Tensor:
     return scores.contiguous().view(torch.int32)
 
 
-def _magnitudes(decoder: Decoder) -> Iterator[Tensor]:
-    for index in range(len(decoder.blocks)):
-        for module in decoder.linears(index).values():
-            yield as_matrix(module).float().abs()
+def _magnitudes(decoder: Decoder, names: frozenset[str], progress: Progress) -> Iterator[Tensor]:
+    total = len(decoder.blocks)
+    for index in range(total):
+        for name, module in decoder.linears(index).items():
+            if name in names:
+                yield float_matrix(name, module).abs()
+        progress("survey of block", index + 1, total)

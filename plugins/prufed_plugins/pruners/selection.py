@@ -1,23 +1,29 @@
-"""Which entries to prune: exact counts, ties broken by index.
+"""Which entries to prune: exact counts, ties broken by index; or as the published code counts.
 
-The published SparseGPT and Wanda scripts compare scores with a threshold (``score <= thresh``),
-which removes one entry too many at sparsity 0 and more wherever scores tie. Here a group of n
-entries at sparsity s loses exactly ⌊s·n⌋ of them, the lower flat index first among equals, so that
-s = 0 is the identity and two runs agree bit for bit.
+Exact: a group of n entries at sparsity s loses exactly ⌊s·n⌋ of them, the lower flat index first
+among equals, so that s = 0 is the identity and two runs agree bit for bit.
+
+Reference: the published SparseGPT and magnitude scripts sort the scores and remove every one that
+is at most ``sorted[int(n·s)]``: one entry more than int(n·s), even at s = 0, and more still where
+scores tie.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 
 from prufed_plugins.errors import MethodError
+from prufed_plugins.masks import removed_count
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from prufed_plugins.api import PruneTarget
+
+COMPARED: Final = 32
+"""Largest group whose ranks are counted by comparing its members pairwise; others are sorted."""
 
 
 def check_target(target: PruneTarget) -> None:
@@ -49,22 +55,22 @@ def check_target(target: PruneTarget) -> None:
 
 
 def check_pattern(name: str, columns: int, pattern: tuple[int, int]) -> None:
-    """Refuse a pattern whose groups do not fill the rows of a matrix.
+    """Refuse a pattern that would leave nothing of a matrix.
 
     Raises:
-        MethodError: ``columns`` is not a multiple of m; names the matrix.
+        MethodError: ``columns`` is at most n; names the matrix.
     """
     n, m = pattern
-    if columns % m:
+    if columns <= n:
         raise MethodError(
-            f"pattern {n}:{m} does not divide the {columns} columns of {name}",
-            f"choose a pattern whose second number divides {columns}",
+            f"pattern {n}:{m} would remove all {columns} columns of {name}",
+            "choose smaller groups, for example --pattern 2:4",
         )
 
 
 def pruned_count(sparsity: float, entries: int) -> int:
-    """Return ⌊s·n⌋, in double precision as the published code computes it."""
-    return int(sparsity * entries)
+    """Return ⌊s·n⌋, with s read as the decimal it was typed as; everything at s = 1."""
+    return entries if sparsity >= 1 else removed_count(sparsity, entries)
 
 
 def smallest(scores: Tensor, count: int) -> Tensor:
@@ -84,6 +90,32 @@ def smallest(scores: Tensor, count: int) -> Tensor:
     if int(chosen.sum()) > count * scores.shape[0]:
         _drop_late_ties(chosen, scores, threshold, count)
     return chosen
+
+
+def smallest_transposed(scores: Tensor, count: int) -> Tensor:
+    """Mark the ``count`` smallest of all scores (columns, rows), ties by row, then column."""
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    chosen = scores <= _kth_smallest(scores.reshape(1, -1), count)
+    if int(chosen.sum()) == count:
+        return chosen
+    columns, rows = scores.shape
+    return smallest(scores.t().reshape(1, -1), count).reshape(rows, columns).t()
+
+
+def at_most_threshold(scores: Tensor, sparsity: float) -> Tensor:
+    """Mark every score that is at most ``sorted[int(n·s)]``, as the published scripts do.
+
+    Args:
+        scores: any shape, n entries, finite.
+        sparsity: in [0, 1].
+
+    Returns:
+        Bool, the shape of ``scores``, with at least int(n·s) + 1 True, or all of them.
+    """
+    entries = scores.numel()
+    rank = min(int(entries * sparsity) + 1, entries)
+    return scores <= _kth_smallest(scores.reshape(1, -1), rank).squeeze()
 
 
 def _kth_smallest(scores: Tensor, count: int) -> Tensor:
@@ -110,22 +142,29 @@ def smallest_of_groups(scores: Tensor, pattern: tuple[int, int]) -> Tensor:
     """Mark the n smallest scores of every m consecutive ones of each row.
 
     Args:
-        scores: (rows, columns), finite; columns a multiple of m.
+        scores: (rows, columns), finite.
         pattern: (n, m).
 
     Returns:
-        Bool (rows, columns); the lower index wins a tie.
+        Bool (rows, columns); the lower index wins a tie. Where m does not divide the columns, the
+        last group of r loses min(n, r).
     """
     n, m = pattern
-    members = scores.reshape(-1, m).t().contiguous()  # (m, groups)
-    return smallest_members(members, n).t().reshape(scores.shape)
+    rows, columns = scores.shape
+    whole = columns - columns % m
+    chosen = torch.empty_like(scores, dtype=torch.bool)
+    members = scores[:, :whole].reshape(-1, m).t().contiguous()  # (m, groups)
+    chosen[:, :whole] = smallest_members(members, n).t().reshape(rows, whole)
+    if whole < columns:
+        chosen[:, whole:] = smallest(scores[:, whole:], min(n, columns - whole))
+    return chosen
 
 
 def smallest_members(members: Tensor, count: int) -> Tensor:
     """Mark the ``count`` smallest members of each group.
 
-    Ranks are counted by comparing the members of a group pairwise, which for the small m of
-    hardware patterns is many times faster than sorting millions of tiny groups.
+    In the small groups of hardware patterns, ranks are counted by comparing members pairwise, which
+    is many times faster than sorting millions of tiny groups.
 
     Args:
         members: (m, groups), finite.
@@ -135,9 +174,11 @@ def smallest_members(members: Tensor, count: int) -> Tensor:
         Bool (m, groups); the lower index wins a tie.
     """
     size = members.shape[0]
-    ranks = torch.zeros_like(members, dtype=torch.int8 if size < 128 else torch.int16)
+    if size > COMPARED:
+        return smallest(members.t().contiguous(), count).t()
+    ranks = torch.zeros_like(members, dtype=torch.int8)
     for later in range(1, size):
         loses = members[:later] <= members[later]  # (later, groups): the earlier index goes first
-        ranks[later] += loses.view(torch.int8).sum(dim=0, dtype=ranks.dtype)
+        ranks[later] += loses.view(torch.int8).sum(dim=0, dtype=torch.int8)
         ranks[:later] += loses.logical_not_().view(torch.int8)
     return ranks < count

@@ -1,77 +1,64 @@
-"""The sequential calibration that element-wise pruners share.
+"""What element-wise pruners share: which matrices, how much of each, calibrated block after block.
 
 Block after block: collect a statistic of every matrix's inputs, prune the matrices, write them into
 the block, run it again, and hand its outputs, which now show what pruning did to them, to the next
-block (2301.00774, §4; 2306.11695, §3). A method is a statistic and a rule that turns one matrix
-and its statistic into a new matrix and its mask.
+block (2301.00774, §4; 2306.11695, §3). A method is a statistic, or none, and a rule that turns one
+matrix and its statistic into a mask and new weights.
+
+Several sub-models at once are calibrated with dense activations instead: one forward pass, one
+statistic per matrix, and each target's mask inside the one before.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from dataclasses import replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Generic, Literal
 
 import torch
 from torch import nn
 
-from prufed_plugins.api import PrunedMatrix
 from prufed_plugins.errors import MethodError
+from prufed_plugins.pruners.collecting import Observed, S, States, advance, embed, observe
+from prufed_plugins.pruners.matrices import Choice, apply, float_matrix, keep
+from prufed_plugins.pruners.modules import selected
+from prufed_plugins.pruners.owl import outlier_ratios, owl_sparsities
 from prufed_plugins.pruners.selection import check_pattern, check_target
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prufed_plugins.api import Decoder, Progress, PruneTarget
+    from prufed_plugins.api import Decoder, Progress, PrunedMatrix, PruneTarget
+    from prufed_plugins.params import ElementParams
+
+Choose = Callable[["Tensor", Observed[S] | None, "PruneTarget", "Tensor | None"], Choice]
+"""Decides on one matrix: (float32 weight (rows, columns), what calibration showed or None, target,
+bool (rows, columns) of what must go or None)."""
 
 
-class Statistic(Protocol):
-    """What is kept of the inputs of one matrix, or of several that share their input."""
-
-    def add(self, inputs: Tensor) -> None:
-        """Add the inputs (tokens, columns) of one batch."""
-
-    def second_moments(self) -> Tensor:
-        """Return the mean of x_v² over tokens, (columns,)."""
-
-
-S = TypeVar("S", bound=Statistic)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What a method decided for one matrix.
+class ElementPruner(Generic[S]):
+    """Prunes the entries of single matrices.
 
     Attributes:
-        pruned: bool (rows, columns), True where the entry goes.
-        weight: new float32 values (rows, columns); None where the kept entries stay as they are.
-        report: numbers for the report.
+        result: ``masked``.
+        needs_calibration: whether the statistic, or the layer ratios, need it.
     """
 
-    pruned: Tensor
-    weight: Tensor | None = None
-    report: Mapping[str, float] = field(default_factory=dict)
-
-
-Capture = list[tuple["Tensor", dict[str, Any]]]
-
-
-class CalibratedPruner(Generic[S]):
-    """Prunes with a statistic of each matrix's inputs.
-
-    Attributes:
-        new_statistic: makes an empty statistic of (columns, device).
-        choose: decides on one matrix, (float32 weight (rows, columns), statistic, target).
-    """
+    result: Literal["masked"] = "masked"
 
     def __init__(
         self,
-        new_statistic: Callable[[int, torch.device], S],
-        choose: Callable[[Tensor, S, PruneTarget], Choice],
+        params: ElementParams,
+        choose: Choose[S],
+        new_statistic: Callable[[int, torch.device], S] | None,
     ) -> None:
-        self._new_statistic = new_statistic
+        self._params = params
         self._choose = choose
+        self._new_statistic = new_statistic
+        self._varies = params.layer_ratio == "owl"
+        self.needs_calibration = new_statistic is not None or self._varies
 
     def prune(
         self,
@@ -82,211 +69,208 @@ class CalibratedPruner(Generic[S]):
     ) -> Iterator[PrunedMatrix]:
         """Yield the pruned matrices in block order; see :meth:`prufed_plugins.api.Pruner.prune`.
 
+        Matrices that the patterns leave out, and experts that no token was routed to, come with a
+        full mask and ``excluded`` or ``unrouted`` in their report.
+
         Raises:
-            MethodError: no calibration, a target that cannot be met, activations that are not
-                finite, or a matrix the calibration never reached.
+            MethodError: no calibration, a target that cannot be met, a pattern that matches no
+                matrix, activations that are not finite, or a matrix the calibration never reached.
         """
-        check_matrices(decoder, target)
-        if not calibration:
+        for (result,) in self._run(decoder, calibration, [target], progress, dense=False):
+            yield result
+
+    def prune_nested(
+        self,
+        decoder: Decoder,
+        calibration: Sequence[Tensor] | None,
+        targets: Sequence[PruneTarget],
+        progress: Progress,
+    ) -> Iterator[tuple[PrunedMatrix, ...]]:
+        """Yield one result per target; see :meth:`prufed_plugins.api.NestedPruner.prune_nested`.
+
+        Every group loses exactly what it would lose at that target alone. The weights of a target
+        are made from the dense ones, with the entries that the target before removes forced out.
+
+        Raises:
+            MethodError: as :meth:`prune`, and targets that are not ascending sparsities.
+        """
+        sparsities = [-1.0 if one.sparsity is None else one.sparsity for one in targets]
+        if not targets or min(sparsities) < 0 or any(a > b for a, b in pairwise(sparsities)):
             raise MethodError(
-                "this method needs calibration text",
-                "pass --calibration FILE, or leave it out to use the embedded text",
+                "nested sub-models need ascending sparsities", "pass --sparsity 0.25,0.5,0.75"
             )
-        states = _embed(decoder, calibration)
+        yield from self._run(decoder, calibration, targets, progress, dense=True)
+
+    def survey(
+        self,
+        decoder: Decoder,
+        calibration: Sequence[Tensor] | None,
+        target: PruneTarget,
+        progress: Progress,
+    ) -> PruneTarget:
+        """Return the target with each matrix's own sparsity, where the parameters vary it.
+
+        Raises:
+            MethodError: as :meth:`prune`.
+        """
+        names = self._check(decoder, [target])
+        return self._surveyed(decoder, calibration, names, [target], progress)[0]
+
+    def _run(
+        self,
+        decoder: Decoder,
+        calibration: Sequence[Tensor] | None,
+        targets: Sequence[PruneTarget],
+        progress: Progress,
+        *,
+        dense: bool,
+    ) -> Iterator[tuple[PrunedMatrix, ...]]:
+        names = self._check(decoder, targets)
+        targets = self._surveyed(decoder, calibration, names, targets, progress)
+        states = embed(decoder, calibration) if self._new_statistic is not None else None
         total = len(decoder.blocks)
         for index in range(decoder.start, total):
-            statistics = self._collect(decoder, index, states)
+            more = index + 1 < total
+            observed = self._observe(decoder, index, names, states, advancing=dense and more)
             for name, module in decoder.linears(index).items():
-                yield self._prune_matrix(name, module, statistics[name], target, decoder.dtype)
-            del statistics
-            if index + 1 < total:
-                _advance(decoder, index, states)
+                if name not in names:
+                    yield (keep(name, module, "excluded"),) * len(targets)
+                elif observed is not None and name not in observed:
+                    yield (keep(name, module, "unrouted"),) * len(targets)
+                else:
+                    found = None if observed is None else observed[name]
+                    yield self._prune_matrix(name, module, found, targets, decoder.dtype, dense)
+            del observed
+            if states is not None and more and not dense:
+                advance(decoder, index, states)
             progress("block", index + 1, total)
 
-    def _collect(self, decoder: Decoder, index: int, states: Capture) -> dict[str, S]:
-        collector = InputCollector(decoder.linears(index), self._new_statistic)
-        with collector, torch.no_grad():
-            for hidden, arguments in states:
-                decoder.run_block(index, hidden, arguments)
-                collector.end_batch()
-        statistics = collector.statistics
-        for name in decoder.linears(index):
-            if name not in statistics:
-                raise MethodError(
-                    f"{name} received no calibration input",
-                    "calibrate with more text, or use --method magnitude",
-                )
-            if not bool(torch.isfinite(statistics[name].second_moments()).all()):
-                raise MethodError(
-                    f"the inputs of {name} in block {index} are not finite",
-                    "load the model with --dtype float32, or check its weights",
-                )
-        return statistics
+    def _observe(
+        self,
+        decoder: Decoder,
+        index: int,
+        names: frozenset[str],
+        states: States | None,
+        *,
+        advancing: bool,
+    ) -> Mapping[str, Observed[S]] | None:
+        if states is None or self._new_statistic is None:
+            return None
+        return observe(decoder, index, names, self._new_statistic, states, advancing=advancing)
 
     def _prune_matrix(
         self,
         name: str,
         module: nn.Module,
-        statistic: S,
-        target: PruneTarget,
+        observed: Observed[S] | None,
+        targets: Sequence[PruneTarget],
         dtype: torch.dtype,
-    ) -> PrunedMatrix:
-        started = time.perf_counter()
+        dense: bool,
+    ) -> tuple[PrunedMatrix, ...]:
         matrix = float_matrix(name, module)
-        try:
-            with torch.no_grad():
-                choice = self._choose(matrix, statistic, target)
-        except MethodError as error:
-            raise MethodError(f"{name}: {error.message}", error.hint) from error
-        return write(name, module, choice, dtype, time.perf_counter() - started)
+        results: list[PrunedMatrix] = []
+        forced: Tensor | None = None
+        for target in targets:
+            started = time.perf_counter()
+            try:
+                with torch.no_grad():
+                    choice = self._choose(matrix, observed, _target_of(name, target), forced)
+            except MethodError as error:
+                raise MethodError(f"{name}: {error.message}", error.hint) from error
+            report = _report(choice, observed, target, matrix.shape[1])
+            report["seconds"] = time.perf_counter() - started
+            results.append(apply(name, module, choice, dtype, report, in_place=not dense))
+            forced = choice.pruned
+        return tuple(results)
+
+    def _check(self, decoder: Decoder, targets: Sequence[PruneTarget]) -> frozenset[str]:
+        """Return the names of the matrices to prune, once every target can be met on them."""
+        names = selected(decoder, self._params.include, self._params.exclude)
+        for target in targets:
+            check_target(target)
+            if target.pattern is None:
+                continue
+            if self._varies and self._params.layer_ratio == "owl":
+                raise MethodError(
+                    "layer_ratio owl gives each layer its own sparsity, a pattern gives all the "
+                    "same",
+                    "pass --sparsity, or --set layer_ratio=uniform",
+                )
+            for index in range(len(decoder.blocks)):
+                for name, (_, columns) in decoder.shapes(index).items():
+                    if name in names:
+                        check_pattern(name, columns, target.pattern)
+        return names
+
+    def _surveyed(
+        self,
+        decoder: Decoder,
+        calibration: Sequence[Tensor] | None,
+        names: frozenset[str],
+        targets: Sequence[PruneTarget],
+        progress: Progress,
+    ) -> Sequence[PruneTarget]:
+        """Return the targets with the sparsity of each matrix, looking at the model if need be."""
+        if not self._varies or any(one.pattern or one.per_matrix is not None for one in targets):
+            return targets
+        if decoder.start:
+            raise ValueError("a run that goes on needs the survey of its beginning")
+        return self._vary(decoder, calibration, names, targets, progress)
+
+    def _vary(
+        self,
+        decoder: Decoder,
+        calibration: Sequence[Tensor] | None,
+        names: frozenset[str],
+        targets: Sequence[PruneTarget],
+        progress: Progress,
+    ) -> Sequence[PruneTarget]:
+        """Return the targets with OWL's sparsity for the matrices of each block."""
+        params = self._params
+        blocks = _selected_entries(decoder, names)
+        ratios = outlier_ratios(decoder, calibration, names, params.owl_m, progress)
+        kept = [ratios[index] for index in blocks]
+        varied = []
+        for target in targets:
+            sparsities = owl_sparsities(
+                kept, list(blocks.values()), target.sparsity or 0.0, params.owl_lambda
+            )
+            per_matrix = {
+                name: sparsity
+                for index, sparsity in zip(blocks, sparsities, strict=True)
+                for name in decoder.shapes(index)
+                if name in names
+            }
+            varied.append(replace(target, per_matrix=per_matrix))
+        return varied
 
 
-class InputCollector(Generic[S]):
-    """Hooks that feed a statistic with each matrix's inputs; matrices with one input share one.
-
-    Which matrices share is seen on the first batch: q, k and v are called with the same tensor
-    object. The batch's inputs are held until it ends so that no identity is reused within it.
-    """
-
-    def __init__(
-        self, linears: Mapping[str, nn.Module], new_statistic: Callable[[int, torch.device], S]
-    ) -> None:
-        self._linears = linears
-        self._new_statistic = new_statistic
-        self._leaders: dict[str, str] = {}
-        self._batch: dict[int, tuple[str, Tensor]] = {}
-        self._first = True
-        self._handles: list[Any] = []
-        self._own: dict[str, S] = {}
-
-    def __enter__(self) -> InputCollector[S]:
-        for name, module in self._linears.items():
-            self._handles.append(module.register_forward_pre_hook(self._hook(name)))
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._batch.clear()
-
-    @property
-    def statistics(self) -> dict[str, S]:
-        """The statistic of each matrix that was reached; shared ones are one object."""
-        return {name: self._own[leader] for name, leader in self._leaders.items()}
-
-    def end_batch(self) -> None:
-        """Forget the inputs of the batch that just ran."""
-        self._batch.clear()
-        self._first = False
-
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            tensor = inputs[0]
-            if self._first or name not in self._leaders:
-                leader, _ = self._batch.setdefault(id(tensor), (name, tensor))
-                self._leaders.setdefault(name, leader)
-            if self._leaders[name] == name:
-                flat = tensor.detach().reshape(-1, tensor.shape[-1])
-                if name not in self._own:
-                    self._own[name] = self._new_statistic(flat.shape[1], flat.device)
-                self._own[name].add(flat)
-
-        return hook
-
-
-def check_matrices(decoder: Decoder, target: PruneTarget) -> None:
-    """Refuse, before anything is touched, a target that some matrix cannot meet.
-
-    Raises:
-        MethodError: the target is out of range, or its pattern does not divide a matrix.
-    """
-    check_target(target)
-    if target.pattern is None:
-        return
-    for index in range(len(decoder.blocks)):
-        for name, (_, columns) in decoder.shapes(index).items():
-            check_pattern(name, columns, target.pattern)
-
-
-def as_matrix(module: nn.Module) -> Tensor:
-    """Return a linear module's weight as (outputs, inputs), a view.
-
-    GPT-2's ``Conv1D`` keeps its weight as (inputs, outputs).
-    """
-    weight: Tensor = module.get_parameter("weight").detach()
-    return weight if isinstance(module, nn.Linear) else weight.t()
-
-
-def float_matrix(name: str, module: nn.Module) -> Tensor:
-    """Return a linear module's weight as float32 (outputs, inputs).
-
-    Raises:
-        MethodError: it holds NaN or infinity.
-    """
-    matrix = as_matrix(module).float()
-    if not bool(torch.isfinite(matrix).all()):
-        raise MethodError(
-            f"{name}.weight holds NaN or infinity", "load the base again; its checkpoint is damaged"
+def _selected_entries(decoder: Decoder, names: frozenset[str]) -> dict[int, int]:
+    """Return how many entries each block has to prune, without the blocks that have none."""
+    entries = {
+        index: sum(
+            rows * columns
+            for name, (rows, columns) in decoder.shapes(index).items()
+            if name in names
         )
-    return matrix
-
-
-def write(
-    name: str, module: nn.Module, choice: Choice, dtype: torch.dtype, seconds: float
-) -> PrunedMatrix:
-    """Write a choice into a module and return it in the parameter's own layout and dtype.
-
-    Args:
-        name: full name of the module.
-        module: the linear module; its weight is changed in place.
-        choice: what to prune and what the kept entries become.
-        dtype: what the weight will be stored in; it is rounded to it.
-        seconds: time spent on the matrix, for the report.
-
-    Raises:
-        MethodError: an updated weight is too large for the module's dtype.
-    """
-    matrix = as_matrix(module)
-    if choice.weight is not None:
-        matrix.copy_(choice.weight.to(dtype))
-    matrix.masked_fill_(choice.pruned, 0.0)
-    if not bool(torch.isfinite(matrix).all()):
-        raise MethodError(
-            f"an updated weight of {name} is too large for {dtype}",
-            "store the base in float32 or bfloat16",
-        )
-    kept = ~choice.pruned
-    report = {
-        "sparsity": float(choice.pruned.sum()) / choice.pruned.numel(),
-        **choice.report,
-        "seconds": seconds,
+        for index in range(len(decoder.blocks))
     }
-    transposed = not isinstance(module, nn.Linear)
-    return PrunedMatrix(
-        name=f"{name}.weight",
-        weight=module.get_parameter("weight").detach(),
-        mask=kept.t().contiguous() if transposed else kept,
-        report=report,
-    )
+    return {index: count for index, count in entries.items() if count}
 
 
-@torch.no_grad()
-def _embed(decoder: Decoder, calibration: Sequence[Tensor]) -> Capture:
-    states = decoder.embed(calibration)
-    for hidden, _ in states:
-        _check_finite(hidden, "the embedded calibration tokens are not finite")
-    return states
+def _target_of(name: str, target: PruneTarget) -> PruneTarget:
+    """Return what one matrix has to meet."""
+    if target.per_matrix is None or name not in target.per_matrix:
+        return target
+    return replace(target, sparsity=target.per_matrix[name])
 
 
-@torch.no_grad()
-def _advance(decoder: Decoder, index: int, states: Capture) -> None:
-    """Replace the inputs of a block by its outputs, batch by batch."""
-    for position, (hidden, arguments) in enumerate(states):
-        output = decoder.run_block(index, hidden, arguments)
-        _check_finite(output, f"the outputs of block {index} are not finite")
-        states[position] = (decoder.hold(output), arguments)
-
-
-def _check_finite(hidden: Tensor, message: str) -> None:
-    if not bool(torch.isfinite(hidden).all()):
-        raise MethodError(message, "load the model with --dtype float32, or check its weights")
+def _report(
+    choice: Choice, observed: Observed[S] | None, target: PruneTarget, columns: int
+) -> dict[str, float]:
+    report = dict(choice.report)
+    if choice.squared_error is not None and observed is not None:
+        report["error"] = choice.squared_error / observed.energy if observed.energy else 0.0
+    if target.pattern is not None and columns % target.pattern[1]:
+        report["partial_group"] = float(columns % target.pattern[1])
+    return report

@@ -15,94 +15,164 @@ comes instead of being rewritten after every one.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
 
 import torch
 
 from prufed_plugins.pruners.hessian import Factor, InputHessian
-from prufed_plugins.pruners.selection import pruned_count, smallest, smallest_members
-from prufed_plugins.pruners.sequential import CalibratedPruner, Choice
+from prufed_plugins.pruners.matrices import Choice
+from prufed_plugins.pruners.selection import (
+    at_most_threshold,
+    pruned_count,
+    smallest_members,
+    smallest_transposed,
+)
+from prufed_plugins.pruners.sequential import ElementPruner
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from prufed_plugins.api import PruneTarget
-    from prufed_plugins.params import SparseGPTParams
+    from prufed_plugins.params import SparseGPTParams, Threshold
+    from prufed_plugins.pruners.collecting import Observed
 
 GATHERED: Final = 16
 """Columns that take the errors of earlier ones by one product before they go one by one."""
 
 
-class SparseGPT(CalibratedPruner[InputHessian]):
-    """Every block of columns loses its ⌊s·rows·block⌋ least w²/U_jj²; or n of every m in a row."""
+class SparseGPT(ElementPruner[InputHessian]):
+    """Every block of columns loses its ⌊s·rows·block⌋ least w²/U_jj²; or n of every m in a row.
 
-    result: Literal["masked"] = "masked"
-    needs_calibration = True
+    Nested sub-models: each has the dense weights pruned to its own sparsity, where the entries that
+    the one before lost are chosen first.
+    """
 
     def __init__(self, params: SparseGPTParams) -> None:
-        block, damping = params.block_size, params.damping
+        def choose_matrix(
+            weight: Tensor,
+            observed: Observed[InputHessian] | None,
+            target: PruneTarget,
+            forced: Tensor | None,
+        ) -> Choice:
+            assert observed is not None
+            return choose(
+                weight,
+                observed.statistic.factor,
+                target,
+                params.block_size,
+                threshold=params.threshold,
+                forced=forced,
+            )
+
         super().__init__(
-            lambda columns, device: InputHessian(columns, device, damping),
-            lambda weight, hessian, target: choose(weight, hessian.factor, target, block),
+            params,
+            choose_matrix,
+            lambda columns, device: InputHessian(columns, device, params.damping),
         )
 
 
-def choose(weight: Tensor, factor: Factor, target: PruneTarget, block_size: int = 128) -> Choice:
+@dataclass(frozen=True)
+class _Rule:
+    """How the entries of a block of columns are selected.
+
+    Attributes:
+        target: sparsity or pattern.
+        threshold: how a sparsity is counted.
+        free: bool (block, 1), columns whose entries cost nothing; None where there are none.
+        forced: bool (block, rows), entries that must go; None where there are none.
+    """
+
+    target: PruneTarget
+    threshold: Threshold
+    free: Tensor | None
+    forced: Tensor | None
+
+
+def choose(
+    weight: Tensor,
+    factor: Factor,
+    target: PruneTarget,
+    block_size: int = 128,
+    *,
+    threshold: Threshold = "exact",
+    forced: Tensor | None = None,
+) -> Choice:
     """Prune one matrix and update what stays.
+
+    Channels that were silent throughout the calibration cost nothing: their entries go first. With
+    ``threshold: exact`` no more go than the target says, and those that stay keep their values;
+    ``reference`` removes all of them, as the published code does, whatever the target.
 
     Args:
         weight: float32 (rows, columns).
         factor: of the damped Hessian of the matrix's inputs.
         target: sparsity or pattern.
-        block_size: columns that are selected together; rounded down to a multiple of m.
+        block_size: columns that are selected together; made a multiple of m.
+        threshold: ``exact`` removes ⌊s·n⌋ of the n entries of a block, ties by index; ``reference``
+            every entry at or below the int(n·s)-th from 0, and at least one.
+        forced: bool (rows, columns), entries that must go; no more in any block than the target
+            removes of it.
 
     Returns:
-        The choice; ``loss`` in its report is tr(D·H·Dᵀ), the squared output error per token times
-        two, damping included.
+        The choice. Its squared error is ½·tr(D·H·Dᵀ) with D = W − W' and H undamped.
     """
     width = _block_width(block_size, target)
-    values = weight.t().masked_fill(factor.dead[:, None], 0.0).contiguous()  # (columns, rows)
+    dead = factor.dead if bool(factor.dead.any()) else None
+    wiped = dead if threshold == "reference" else None
+    values = weight.t().contiguous()  # (columns, rows)
+    if wiped is not None:
+        values.masked_fill_(wiped[:, None], 0.0)
     pruned = torch.empty_like(values, dtype=torch.bool)
     change = torch.zeros_like(values)  # D
-    loss = torch.zeros((), dtype=torch.float64, device=weight.device)
+    costs = torch.zeros_like(factor.upper[0])
     for start in range(0, values.shape[0], width):
         part = slice(start, min(start + width, values.shape[0]))
         inverse = _inverse(factor.upper[part, part])  # U_BB
         pushed = factor.upper[:start, part].t() @ change[:start]
         current = torch.addmm(values[part], inverse.t(), pushed)
-        errors, pruned[part] = _prune_block(current, inverse, target)
+        rule = _Rule(
+            target,
+            threshold,
+            None if dead is None else dead[part, None],
+            None if forced is None else forced[:, part].t(),
+        )
+        errors, pruned[part] = _prune_block(current, inverse, rule)
         torch.sub(values[part], current, out=change[part])
         values[part] = current
-        loss += errors.square().sum(dtype=torch.float64)
-    report = {
-        "damping": factor.damping,
-        "dead_channels": float(factor.dead.sum()),
-        "loss": float(loss),
-    }
+        costs[part] = _squares(errors)
+    costs -= factor.added * _squares(change)
+    report = {"damping": factor.damping, "dead_channels": float(factor.dead.sum())}
+    if factor.retries:
+        report["damping_retries"] = float(factor.retries)
+    if wiped is not None:
+        pruned |= wiped[:, None]
     if not bool(pruned.any()):
-        return Choice(pruned.t(), report=report)
-    return Choice(pruned.t(), values.t(), report)
+        return Choice(pruned.t(), squared_error=0.0, report=report)
+    squared_error = max(float(costs[~factor.dead].sum()) / 2, 0.0)
+    return Choice(pruned.t(), values.t(), squared_error, report)
 
 
-def _prune_block(current: Tensor, inverse: Tensor, target: PruneTarget) -> tuple[Tensor, Tensor]:
+def _prune_block(current: Tensor, inverse: Tensor, rule: _Rule) -> tuple[Tensor, Tensor]:
     """Prune one block of columns in place.
 
     Args:
         current: (block, rows), the columns with every earlier block's error pushed onto them;
             overwritten with the pruned columns.
         inverse: U_BB, (block, block).
-        target: sparsity or pattern.
+        rule: what to select.
 
     Returns:
         The errors (w − w')/U_jj and the pruned entries, both (block, rows).
     """
     diagonal = inverse.diagonal()[:, None]
     errors = torch.zeros_like(current)
-    if target.pattern is None:
+    pattern = rule.target.pattern
+    if pattern is None:
         group = GATHERED
-        pruned = _smallest_of_block(current / diagonal, target.sparsity or 0.0)
+        pruned = _select(_scores(current, diagonal, rule, slice(None)), rule)
     else:
-        group = target.pattern[1]
+        group = pattern[1]
         pruned = torch.empty_like(current, dtype=torch.bool)
     span = max(GATHERED // group, 1) * group
     for first in range(0, current.shape[0], span):
@@ -110,11 +180,35 @@ def _prune_block(current: Tensor, inverse: Tensor, target: PruneTarget) -> tuple
         for start in range(first, min(first + span, current.shape[0]), group):
             part = slice(start, start + group)
             _gather(current, errors, inverse, range(first, start), part)
-            if target.pattern is not None:
-                scores = (current[part] / diagonal[part]).abs()
-                pruned[part] = smallest_members(scores, target.pattern[0])
+            if pattern is not None:
+                scores = _scores(current[part], diagonal[part], rule, part)
+                pruned[part] = smallest_members(scores, min(pattern[0], scores.shape[0]))
             _prune_columns(current[part], inverse[part, part], pruned[part], errors[part])
     return errors, pruned
+
+
+def _scores(current: Tensor, diagonal: Tensor, rule: _Rule, part: slice) -> Tensor:
+    """Return what removing each entry costs, (columns, rows); the least goes first."""
+    scores = current.square().div_(diagonal.square())
+    if rule.free is not None:
+        scores.masked_fill_(rule.free[part], 0.0)
+    if rule.forced is not None:
+        scores.masked_fill_(rule.forced[part], -1.0)
+    return scores
+
+
+def _select(scores: Tensor, rule: _Rule) -> Tensor:
+    """Mark what goes of a block of scores (block, rows)."""
+    sparsity = rule.target.sparsity or 0.0
+    if rule.threshold == "reference":
+        return at_most_threshold(scores, sparsity)
+    return smallest_transposed(scores, pruned_count(sparsity, scores.numel()))
+
+
+def _squares(rows: Tensor) -> Tensor:
+    """Return the sum of squares of each row."""
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norms.square()
 
 
 def _gather(current: Tensor, errors: Tensor, inverse: Tensor, done: range, part: slice) -> None:
@@ -134,13 +228,6 @@ def _prune_columns(current: Tensor, inverse: Tensor, pruned: Tensor, errors: Ten
         torch.mul(column, goes, out=error)
         column -= error
         error /= diagonal[index]
-
-
-def _smallest_of_block(scores: Tensor, sparsity: float) -> Tensor:
-    """Mark the ⌊s·n⌋ smallest |score| of a block (block, rows), ties by row, then column."""
-    flat = scores.abs().t().reshape(1, -1)
-    chosen = smallest(flat, pruned_count(sparsity, flat.shape[1]))
-    return chosen.reshape(scores.shape[1], scores.shape[0]).t()
 
 
 def _block_width(block_size: int, target: PruneTarget) -> int:

@@ -1,0 +1,220 @@
+"""Calibration: what the matrices of a block receive, and the outputs that go to the next block.
+
+Hidden states are held by the decoder, in memory or in a mapped file, one set of them: a batch's
+outputs take the place of its inputs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
+
+import torch
+
+from prufed_plugins.errors import MethodError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from prufed_plugins.api import Decoder
+
+States = list[tuple["Tensor", dict[str, Any]]]
+"""The hidden states (B, T, H) of every batch, and the arguments of the blocks."""
+
+_EXPERT: Final = re.compile(r"\.experts\.\d+\.")
+
+
+class Statistic(Protocol):
+    """What is kept of the inputs of one matrix, or of several that share their input.
+
+    Attributes:
+        tokens: tokens seen so far.
+    """
+
+    tokens: int
+
+    def add(self, inputs: Tensor) -> None:
+        """Add the inputs (tokens, columns) of one batch."""
+
+    def second_moments(self) -> Tensor:
+        """Return the mean of x_v² over tokens, (columns,)."""
+
+
+S = TypeVar("S", bound=Statistic)
+
+
+@dataclass(frozen=True)
+class Observed(Generic[S]):
+    """What calibration showed of one matrix W.
+
+    Attributes:
+        statistic: of its inputs x; shared by matrices that receive the same.
+        energy: mean over tokens of ‖Wx‖², measured on the outputs, bias excluded.
+    """
+
+    statistic: S
+    energy: float
+
+
+@torch.no_grad()
+def embed(decoder: Decoder, calibration: Sequence[Tensor] | None) -> States:
+    """Return what the first block to be pruned receives.
+
+    Raises:
+        MethodError: there is no calibration text, or its embedding is not finite.
+    """
+    if not calibration:
+        raise MethodError(
+            "this method needs calibration text",
+            "pass --calibration FILE, or leave it out to use the embedded text",
+        )
+    states = decoder.embed(calibration)
+    for hidden, _ in states:
+        _check_finite(hidden, "the embedded calibration tokens are not finite")
+    return states
+
+
+@torch.no_grad()
+def advance(decoder: Decoder, index: int, states: States) -> None:
+    """Replace the inputs of a block by its outputs, batch by batch."""
+    for position, (hidden, arguments) in enumerate(states):
+        _put(decoder, index, states, position, decoder.run_block(index, hidden, arguments))
+
+
+@torch.no_grad()
+def observe(
+    decoder: Decoder,
+    index: int,
+    names: Collection[str],
+    new_statistic: Callable[[int, torch.device], S],
+    states: States,
+    *,
+    advancing: bool = False,
+) -> dict[str, Observed[S]]:
+    """Run a block over the calibration and return what some of its matrices received.
+
+    Args:
+        decoder: the model.
+        index: the block.
+        names: full names of the matrices to observe; those of other blocks do not matter.
+        new_statistic: makes an empty statistic of (columns, device).
+        states: the block's inputs.
+        advancing: replace them by the block's outputs on the way.
+
+    Returns:
+        By full name; experts that no token was routed to are absent.
+
+    Raises:
+        MethodError: inputs or outputs are not finite, or a matrix that is no expert got none.
+    """
+    linears = {name: one for name, one in decoder.linears(index).items() if name in names}
+    if not linears:
+        if advancing:
+            advance(decoder, index, states)
+        return {}
+    with InputCollector(linears, new_statistic) as collector:
+        for position, (hidden, arguments) in enumerate(states):
+            output = decoder.run_block(index, hidden, arguments)
+            collector.end_batch()
+            if advancing:
+                _put(decoder, index, states, position, output)
+    observed = collector.observed()
+    for name in linears:
+        _check_observed(name, index, observed.get(name))
+    return observed
+
+
+def _check_observed(name: str, index: int, observed: Observed[S] | None) -> None:
+    if observed is None:
+        if _EXPERT.search(name):
+            return
+        raise MethodError(
+            f"{name} received no calibration input",
+            "leave it out with --set exclude=..., or use --method magnitude",
+        )
+    if not bool(torch.isfinite(observed.statistic.second_moments()).all()):
+        raise MethodError(
+            f"the inputs of {name} in block {index} are not finite",
+            "load the model with --dtype float32, or check its weights",
+        )
+
+
+class InputCollector(Generic[S]):
+    """Hooks that feed a statistic with each matrix's inputs; matrices with one input share one.
+
+    Which matrices share is seen when each is first called: q, k and v get the same tensor object.
+    A batch's inputs are held until it ends so that no identity is reused within it.
+    """
+
+    def __init__(
+        self, linears: Mapping[str, nn.Module], new_statistic: Callable[[int, torch.device], S]
+    ) -> None:
+        self._linears = linears
+        self._new_statistic = new_statistic
+        self._leaders: dict[str, str] = {}
+        self._batch: dict[int, tuple[str, Tensor]] = {}
+        self._handles: list[Any] = []
+        self._own: dict[str, S] = {}
+        self._energies: dict[str, Tensor] = {}
+
+    def __enter__(self) -> InputCollector[S]:
+        for name, module in self._linears.items():
+            self._handles.append(module.register_forward_hook(self._hook(name)))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._batch.clear()
+
+    def observed(self) -> dict[str, Observed[S]]:
+        """Return what each matrix showed that received at least one token."""
+        found = {}
+        for name, leader in self._leaders.items():
+            statistic = self._own[leader]
+            if statistic.tokens:
+                energy = float(self._energies[name]) / statistic.tokens
+                found[name] = Observed(statistic, energy)
+        return found
+
+    def end_batch(self) -> None:
+        """Forget the inputs of the batch that just ran."""
+        self._batch.clear()
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            tensor = inputs[0]
+            if name not in self._leaders:
+                self._leaders[name], _ = self._batch.setdefault(id(tensor), (name, tensor))
+            if self._leaders[name] == name:
+                flat = tensor.detach().reshape(-1, tensor.shape[-1])
+                if name not in self._own:
+                    self._own[name] = self._new_statistic(flat.shape[1], flat.device)
+                self._own[name].add(flat)
+            energy = _energy(module, output)
+            self._energies[name] = (
+                self._energies[name] + energy if name in self._energies else energy
+            )
+
+        return hook
+
+
+def _energy(module: nn.Module, output: Tensor) -> Tensor:
+    """Return the sum of the squared outputs, bias excluded."""
+    product = output.detach().float()
+    bias = getattr(module, "bias", None)
+    if bias is not None:
+        product = product - bias.float()
+    return product.square().sum()
+
+
+def _put(decoder: Decoder, index: int, states: States, position: int, output: Tensor) -> None:
+    _check_finite(output, f"the outputs of block {index} are not finite")
+    states[position] = (decoder.hold(output), states[position][1])
+
+
+def _check_finite(hidden: Tensor, message: str) -> None:
+    if not bool(torch.isfinite(hidden).all()):
+        raise MethodError(message, "load the model with --dtype float32, or check its weights")

@@ -1,0 +1,110 @@
+"""One matrix on its way through a pruner: read as (outputs, inputs), decided on, given back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from prufed_plugins.api import PrunedMatrix
+from prufed_plugins.errors import MethodError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a method decided for one matrix.
+
+    Attributes:
+        pruned: bool (rows, columns), True where the entry goes.
+        weight: new float32 values (rows, columns); None where the kept entries stay as they are.
+        squared_error: mean over tokens of ‖(W − W')x‖², where the method knows it.
+        report: further numbers for the report.
+    """
+
+    pruned: Tensor
+    weight: Tensor | None = None
+    squared_error: float | None = None
+    report: Mapping[str, float] = field(default_factory=dict)
+
+
+def as_matrix(module: nn.Module) -> Tensor:
+    """Return a linear module's weight as (outputs, inputs), a view.
+
+    GPT-2's ``Conv1D`` keeps its weight as (inputs, outputs).
+    """
+    return _turned(module, module.get_parameter("weight").detach())
+
+
+def float_matrix(name: str, module: nn.Module) -> Tensor:
+    """Return a linear module's weight as float32 (outputs, inputs).
+
+    Raises:
+        MethodError: it holds NaN or infinity.
+    """
+    matrix = as_matrix(module).float()
+    if not bool(torch.isfinite(matrix).all()):
+        raise MethodError(
+            f"{name}.weight holds NaN or infinity", "load the base again; its checkpoint is damaged"
+        )
+    return matrix
+
+
+@torch.no_grad()
+def apply(
+    name: str,
+    module: nn.Module,
+    choice: Choice,
+    dtype: torch.dtype,
+    report: Mapping[str, float],
+    *,
+    in_place: bool,
+) -> PrunedMatrix:
+    """Return a choice as a pruned matrix in the parameter's own layout and dtype.
+
+    Args:
+        name: full name of the module.
+        module: the linear module.
+        choice: what to prune and what the kept entries become.
+        dtype: what the weight will be stored in; it is rounded to it.
+        report: numbers for the report besides the sparsity.
+        in_place: write into the module, whose own weight is then returned; otherwise it stays.
+
+    Raises:
+        MethodError: an updated weight is too large for ``dtype``.
+    """
+    parameter = module.get_parameter("weight").detach()
+    weight = parameter if in_place else parameter.clone()
+    matrix = _turned(module, weight)
+    if choice.weight is not None:
+        matrix.copy_(choice.weight.to(dtype))
+    matrix.masked_fill_(choice.pruned, 0.0)
+    if not bool(torch.isfinite(matrix).all()):
+        raise MethodError(
+            f"an updated weight of {name} is too large for {dtype}",
+            "store the base in float32 or bfloat16",
+        )
+    return PrunedMatrix(
+        name=f"{name}.weight",
+        weight=weight,
+        mask=_turned(module, ~choice.pruned).contiguous(),
+        report={"sparsity": float(choice.pruned.sum()) / choice.pruned.numel(), **report},
+    )
+
+
+def keep(name: str, module: nn.Module, why: str) -> PrunedMatrix:
+    """Return a matrix that stays as it is, with a full mask and the reason in its report."""
+    weight = module.get_parameter("weight").detach()
+    mask = torch.ones_like(weight, dtype=torch.bool)
+    return PrunedMatrix(f"{name}.weight", weight, mask, {"sparsity": 0.0, why: 1.0})
+
+
+def _turned(module: nn.Module, tensor: Tensor) -> Tensor:
+    """Turn a tensor between the module's own layout and (outputs, inputs), a view."""
+    return tensor if isinstance(module, nn.Linear) else tensor.t()
