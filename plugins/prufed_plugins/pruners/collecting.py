@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 States = list[tuple["Tensor", dict[str, Any]]]
 """The hidden states (B, T, H) of every batch, and the arguments of the blocks."""
 
-_EXPERT: Final = re.compile(r"\.experts\.\d+\.")
+_EXPERT: Final = re.compile(r"\.experts\.\d+(\.|$)")
 
 
 class Statistic(Protocol):

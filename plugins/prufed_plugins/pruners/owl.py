@@ -65,6 +65,8 @@ def owl_sparsities(
     kept = [2 * spread * (ratio - low) / (high - low) for ratio in ratios]
     mean = sum(n * one for n, one in zip(entries, kept, strict=True)) / sum(entries)
     moves = [mean - one for one in kept]
+    if not min(moves) < 0 < max(moves):  # λ is zero, or too small to matter
+        return [sparsity] * len(ratios)
     room = min(1.0, sparsity / -min(moves), (1 - sparsity) * (1 - KEPT_AT_LEAST) / max(moves))
     return [max(sparsity + room * move, 0.0) for move in moves]
 

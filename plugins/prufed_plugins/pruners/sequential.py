@@ -190,7 +190,7 @@ class ElementPruner(Generic[S]):
             check_target(target)
             if target.pattern is None:
                 continue
-            if self._varies and self._params.layer_ratio == "owl":
+            if self._params.layer_ratio == "owl":
                 raise MethodError(
                     "layer_ratio owl gives each layer its own sparsity, a pattern gives all the "
                     "same",

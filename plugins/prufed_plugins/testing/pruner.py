@@ -51,7 +51,10 @@ def check_pruner(make: Callable[[], Pruner], target: PruneTarget | None = None) 
             _sparsity_is_met,
             _pattern_is_met_or_refused,
             _sparsity_one_is_refused,
+            told(_goes_on_where_it_was_stopped),
         ]
+        checks += [_the_survey_changes_nothing] if hasattr(make(), "survey") else []
+        checks += [_nested_masks_are_nested] if hasattr(make(), "prune_nested") else []
     else:
         checks += [told(_keeps_layers_in_order), told(_the_model_stays_as_it_is)]
         checks += [_layer_count_is_met] if target is HALF else []
@@ -87,10 +90,10 @@ class TinyDecoder:
     """
 
     prefix = "model.layers"
-    start = 0
     dtype = torch.float32
 
     def __init__(self, layers: int = LAYERS, width: int = 16, inner: int = 24) -> None:
+        self.start = 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.embedding = nn.Embedding(64, width)
@@ -111,9 +114,16 @@ class TinyDecoder:
             for name, module in self.linears(index).items()
         }
 
+    @torch.no_grad()
     def embed(self, batches: Sequence[Tensor]) -> list[tuple[Tensor, dict[str, Any]]]:
-        """Return the embedded tokens (B, T, width) of each batch and no further arguments."""
-        return [(self.embedding(batch).detach(), {}) for batch in batches]
+        """Return what block ``start`` receives, (B, T, width) each, and no further arguments."""
+        states: list[tuple[Tensor, dict[str, Any]]] = []
+        for batch in batches:
+            hidden = self.embedding(batch)
+            for index in range(self.start):
+                hidden = self.run_block(index, hidden, {})
+            states.append((hidden, {}))
+        return states
 
     def run_block(self, index: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Return the output of a block."""
@@ -269,6 +279,61 @@ def _sparsity_one_is_refused(pruner: Pruner) -> None:
     except MethodError:
         return
     raise AssertionError("sparsity 1.0 was accepted")
+
+
+def _goes_on_where_it_was_stopped(pruner: Pruner, target: PruneTarget) -> None:
+    """Given the survey's answer and a model pruned up to a block, the rest comes out the same."""
+    dense = TinyDecoder()
+    calibration = tokens() if pruner.needs_calibration else None
+    if hasattr(pruner, "survey"):
+        target = pruner.survey(dense, calibration, target, lambda what, done, total: None)
+    whole = {result.name: result for result in _prune(pruner, dense, target)}
+    rest = TinyDecoder()
+    rest.start = LAYERS // 2
+    for index in range(rest.start):
+        for name, module in rest.linears(index).items():
+            module.weight.data.copy_(whole[f"{name}.weight"].weight)
+    results: list[PrunedMatrix] = _prune(pruner, rest, target)
+    blocks = {int(result.name.split(".")[2]) for result in results}
+    assert blocks == set(range(rest.start, LAYERS)), f"blocks {sorted(blocks)} came out"
+    for result in results:
+        assert torch.equal(result.mask, whole[result.name].mask), f"mask of {result.name} differs"
+        assert torch.equal(result.weight, whole[result.name].weight), f"{result.name} differs"
+
+
+def _the_survey_changes_nothing(pruner: Any) -> None:
+    """Surveying leaves the model as it is, and says what pruning without it would find."""
+    decoder = TinyDecoder()
+    before = decoder.parameters()
+    calibration = tokens() if pruner.needs_calibration else None
+    target = pruner.survey(decoder, calibration, HALF, lambda what, done, total: None)
+    for name, value in decoder.parameters().items():
+        assert torch.equal(before[name], value), f"{name} was changed"
+    with_answer, without = _prune(pruner, decoder, target), _prune(pruner, TinyDecoder(), HALF)
+    for one, other in zip(with_answer, without, strict=True):
+        assert torch.equal(one.mask, other.mask), f"the mask of {one.name} differs"
+
+
+def _nested_masks_are_nested(pruner: Any) -> None:
+    """Each target removes its share and all that the one before removes; the model stays dense."""
+    decoder = TinyDecoder()
+    before = decoder.parameters()
+    calibration = tokens() if pruner.needs_calibration else None
+    sparsities = (0.25, 0.5, 0.75)
+    targets = [PruneTarget(sparsity=sparsity) for sparsity in sparsities]
+    kept, entries = [0] * len(targets), 0
+    for results in pruner.prune_nested(decoder, calibration, targets, lambda *_: None):
+        assert len(results) == len(targets), f"{len(results)} results for {len(targets)} targets"
+        entries += results[0].mask.numel()
+        for position, result in enumerate(results):
+            kept[position] += int(result.mask.sum())
+            assert not bool(result.weight[~result.mask].any()), f"{result.name} keeps pruned ones"
+            inside = bool((result.mask <= results[max(position - 1, 0)].mask).all())
+            assert inside, f"{result.name} at {sparsities[position]} is not nested"
+    for found, sparsity in zip(kept, sparsities, strict=True):
+        assert abs(1 - found / entries - sparsity) <= 0.02, f"{sparsity} left {found} of {entries}"
+    for name, value in decoder.parameters().items():
+        assert torch.equal(before[name], value), f"{name} was changed"
 
 
 def _keeps_layers_in_order(pruner: Pruner, target: PruneTarget) -> None:
