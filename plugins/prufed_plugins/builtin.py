@@ -52,6 +52,11 @@ def _layer_pruners() -> Iterator[Method]:
             "even_alternate:EvenAlternate",
             "drop every other layer from the top, those of even number",
         ),
+        (
+            "top-alternate",
+            "even_alternate:EvenAlternate",
+            "alias of even-alternate, by the name on the PruFed poster",
+        ),
         ("symmetric", "symmetric:Symmetric", "drop the middle layers"),
     ):
         yield Method(
@@ -61,11 +66,43 @@ def _layer_pruners() -> Iterator[Method]:
             summary=summary,
             paper=sajjad,
         )
+    yield from _scoring_layer_pruners(sajjad)
     yield Method(
         name="explicit",
         target="prufed_plugins.pruners.explicit:Explicit",
         params=params.ExplicitParams,
         summary="keep, or drop, the layers of a list",
+    )
+
+
+def _scoring_layer_pruners(sajjad: str) -> Iterator[Method]:
+    yield Method(
+        name="parameter",
+        target="prufed_plugins.pruners.parameter:Parameter",
+        params=params.ParameterParams,
+        summary="drop the layers whose weights have the lowest norm, variance or movement",
+        paper=sajjad,
+    )
+    yield Method(
+        name="magnitude-layers",
+        target="prufed_plugins.pruners.magnitude_layers:MagnitudeLayers",
+        params=params.LayerDropParams,
+        summary="drop the layers of the smallest mean |weight|",
+        paper='Bhansali et al., "PruFed: Federated Fine-Tuning of Pruned LLMs"',
+    )
+    yield Method(
+        name="contribution",
+        target="prufed_plugins.pruners.contribution:Contribution",
+        params=params.ContributionParams,
+        summary="drop the layers that change their input least, by the cosine over all tokens",
+        paper="Men et al. 2024 (ShortGPT, Block Influence), https://arxiv.org/abs/2403.03853",
+    )
+    yield Method(
+        name="angular",
+        target="prufed_plugins.pruners.angular:Angular",
+        params=params.LayerDropParams,
+        summary="drop the run of layers that turns the last token's state least",
+        paper="Gromov et al. 2024, https://arxiv.org/abs/2403.17887",
     )
 
 

@@ -174,6 +174,39 @@ class LayerDropParams(Params):
     keep: int | None = Field(default=None, ge=2, description="number of layers to keep")
 
 
+class ParameterParams(LayerDropParams):
+    """Parameters of the pruner ``parameter``."""
+
+    score: Literal["l1", "l2", "mean-abs", "variance", "movement"] = Field(
+        default="l1", description="what a layer's weights are scored by; the lowest scores go"
+    )
+    reference: str | None = Field(
+        default=None,
+        description="directory of the weights before tuning, which movement is measured from",
+    )
+
+    @model_validator(mode="after")
+    def _check_reference(self) -> ParameterParams:
+        if self.score == "movement" and self.reference is None:
+            raise ValueError(
+                "the score movement needs the weights before tuning: reference=DIRECTORY"
+            )
+        if self.score != "movement" and self.reference is not None:
+            raise ValueError(f"reference is for the score movement; {self.score} needs none")
+        return self
+
+
+class ContributionParams(LayerDropParams):
+    """Parameters of the pruner ``contribution``."""
+
+    threshold: float | None = Field(
+        default=None,
+        ge=-1,
+        le=1,
+        description="drop every layer whose input and output have a mean cosine above this",
+    )
+
+
 class ExplicitParams(Params):
     """Parameters of the pruner ``explicit``: one of the two lists."""
 

@@ -26,6 +26,13 @@ from prufed_plugins.testing import check_pruner
         ("odd-alternate", {}),
         ("even-alternate", {}),
         ("symmetric", {}),
+        ("top-alternate", {}),
+        ("parameter", {}),
+        ("parameter", {"score": "variance"}),
+        ("magnitude-layers", {}),
+        ("contribution", {}),
+        ("contribution", {"threshold": 0.989}),
+        ("angular", {}),
     ],
 )
 def test_built_in_pruner_conforms(name: str, settings: dict[str, object]) -> None:

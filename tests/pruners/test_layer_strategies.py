@@ -9,6 +9,9 @@ from prufed_plugins.discover import build
 from prufed_plugins.errors import MethodError
 from prufed_plugins.testing.pruner import TinyDecoder
 
+POSITIONAL = ["top", "bottom", "odd-alternate", "even-alternate", "top-alternate", "symmetric"]
+SCORING = ["parameter", "magnitude-layers", "contribution", "angular"]
+
 
 def kept(method: str, settings: dict[str, object], target: PruneTarget, layers: int) -> list[int]:
     decoder = TinyDecoder(layers=layers, width=2, inner=2)
@@ -30,6 +33,7 @@ def dropped(method: str, layers: int, count: int) -> list[int]:
         ("bottom", [1, 2, 3, 4], list(range(8))),
         ("odd-alternate", [5, 7, 9, 11], list(range(16, 31, 2))),
         ("even-alternate", [6, 8, 10, 12], list(range(17, 32, 2))),
+        ("top-alternate", [6, 8, 10, 12], list(range(17, 32, 2))),
         ("symmetric", [5, 6, 7, 8], list(range(12, 20))),
     ],
 )
@@ -41,6 +45,29 @@ def test_the_published_tables(method: str, of_twelve: list[int], of_thirty_two: 
 def test_alternate_starts_at_the_highest_layer_of_its_parity_when_the_depth_is_odd() -> None:
     assert dropped("odd-alternate", 5, 2) == [2, 4]
     assert dropped("even-alternate", 5, 2) == [1, 3]
+
+
+def test_symmetric_drops_the_middle_half() -> None:
+    assert [index + 1 for index in dropped("symmetric", 12, 6)] == [4, 5, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize("method", POSITIONAL)
+@pytest.mark.parametrize("layers", [2, 3, 5, 7])
+def test_counts_at_their_bounds(method: str, layers: int) -> None:
+    assert dropped(method, layers, 0) == []
+    most = {"odd-alternate": (layers + 1) // 2, "even-alternate": layers // 2}
+    bound = min(most.get(method.replace("top-", "even-"), layers), layers - 2)
+    assert len(dropped(method, layers, bound)) == bound
+    with pytest.raises(MethodError, match=r"cannot drop|leaves fewer than 2"):
+        dropped(method, layers, bound + 1)
+
+
+@pytest.mark.parametrize("method", [*POSITIONAL, *SCORING])
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_model_of_one_layer_is_refused_in_its_own_words(method: str, count: int) -> None:
+    with pytest.raises(MethodError, match="has 1 decoder layer, so none can be dropped") as refusal:
+        kept(method, {"drop": count}, PruneTarget(), 1)
+    assert "magnitude" in str(refusal.value.hint)
 
 
 def test_symmetric_keeps_the_extra_layer_on_top() -> None:

@@ -1,7 +1,8 @@
 """What the layer-dropping pruners share: how many layers go, and what is refused.
 
 A strategy is a pure function (layers, count) → the dropped indices, counted from 0. The strategies
-are those of Sajjad et al., https://arxiv.org/abs/2004.03844, under the names PruFed uses.
+are those of Sajjad et al., https://arxiv.org/abs/2004.03844, under the names PruFed uses. A method
+that looks at the model scores its layers instead, and the lowest scores go.
 """
 
 from __future__ import annotations
@@ -52,11 +53,64 @@ class LayerPruner:
         progress("layers", layers, layers)
 
 
+class ScoringLayerPruner:
+    """Gives every layer a score and drops the K lowest; of equal scores the higher layer goes.
+
+    A method says what the scores are.
+    """
+
+    result: Literal["sliced"] = "sliced"
+    needs_calibration = False
+
+    def __init__(self, params: LayerDropParams) -> None:
+        self._params = params
+
+    def prune(
+        self,
+        decoder: Decoder,
+        calibration: Sequence[Tensor] | None,
+        target: PruneTarget,
+        progress: Progress,
+    ) -> Iterator[KeptLayers]:
+        """Yield the kept layers; see :meth:`prufed_plugins.api.Pruner.prune`."""
+        layers = len(decoder.blocks)
+        count = dropped_count(layers, self._params, target)
+        check_count(layers, count)
+        scores = self.scores(decoder, calibration, progress)
+        yield keep_others(layers, lowest(scores, count), scores)
+
+    def scores(
+        self, decoder: Decoder, calibration: Sequence[Tensor] | None, progress: Progress
+    ) -> list[float]:
+        """Return one score per layer; each finished block is told to ``progress``."""
+        raise NotImplementedError
+
+
+def lowest(scores: Sequence[float], count: int) -> set[int]:
+    """Return the indices of the ``count`` lowest scores; of equal ones the higher index."""
+    return set(sorted(range(len(scores)), key=lambda index: (scores[index], -index))[:count])
+
+
 def dropped_count(layers: int, params: LayerDropParams, target: PruneTarget) -> int:
     """Return how many of ``layers`` to drop: by parameter, by count, or K = round(L·s).
 
     Raises:
         MethodError: nothing says how many, or two things do.
+    """
+    given = said_counts(layers, params, target)
+    if len(given) != 1:
+        what = f"{' and '.join(given)} both say" if given else "nothing says"
+        raise MethodError(
+            f"{what} how many layers to drop", "pass one of --set keep=8, --set drop=8, --sparsity"
+        )
+    return next(iter(given.values()))
+
+
+def said_counts(layers: int, params: LayerDropParams, target: PruneTarget) -> dict[str, int]:
+    """Return how many layers to drop, by the name of what says so.
+
+    Raises:
+        MethodError: a pattern is asked for.
     """
     if target.pattern is not None:
         n, m = target.pattern
@@ -71,13 +125,7 @@ def dropped_count(layers: int, params: LayerDropParams, target: PruneTarget) -> 
         "layers": target.layers,
         "sparsity": None if sparsity is None else round(layers * sparsity),
     }
-    given = {name: count for name, count in said.items() if count is not None}
-    if len(given) != 1:
-        what = f"{' and '.join(given)} both say" if given else "nothing says"
-        raise MethodError(
-            f"{what} how many layers to drop", "pass one of --set keep=8, --set drop=8, --sparsity"
-        )
-    return next(iter(given.values()))
+    return {name: count for name, count in said.items() if count is not None}
 
 
 def check_count(layers: int, count: int) -> None:
@@ -86,6 +134,11 @@ def check_count(layers: int, count: int) -> None:
     Raises:
         MethodError: as said.
     """
+    if layers < FEWEST_LAYERS:
+        raise MethodError(
+            f"the model has {layers} decoder layer, so none can be dropped",
+            "prune its entries: --method magnitude --sparsity 0.5",
+        )
     if count < 0:
         raise MethodError(
             f"cannot keep {layers - count} layers of a model that has {layers}",
@@ -114,6 +167,9 @@ def alternate(layers: int, count: int, parity: int) -> set[int]:
     return set(available[:count])
 
 
-def keep_others(layers: int, dropped: set[int]) -> KeptLayers:
-    """Return the layers that are not dropped, ascending."""
-    return KeptLayers(tuple(index for index in range(layers) if index not in dropped))
+def keep_others(
+    layers: int, dropped: set[int], scores: Sequence[float] | None = None
+) -> KeptLayers:
+    """Return the layers that are not dropped, ascending, with the scores that decided."""
+    kept = tuple(index for index in range(layers) if index not in dropped)
+    return KeptLayers(kept, None if scores is None else tuple(scores))

@@ -1,0 +1,103 @@
+"""Drop the run of K consecutive layers that turns the last token's state least.
+
+Gromov et al., https://arxiv.org/abs/2403.17887, eq. 7: with h(l) the state of a sequence's last
+token where it enters layer l, and h(L) where it leaves the last one,
+
+    d(l) = E[arccos(cos(h(l), h(l+K)))] / π
+
+over the calibration sequences, for every l in {0, …, L−K}; the layers {l*, …, l*+K−1} of the
+smallest distance go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from prufed_plugins.pruners.block_states import passages
+from prufed_plugins.pruners.layers import check_count, dropped_count, keep_others
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prufed_plugins.api import Decoder, KeptLayers, Progress, PruneTarget
+    from prufed_plugins.params import LayerDropParams
+
+
+class Angular:
+    """Drops the K consecutive layers of the smallest angular distance.
+
+    The scores are d(l) in [0, 1], one for every layer that K layers can start at: the first L−K+1.
+    """
+
+    result: Literal["sliced"] = "sliced"
+    needs_calibration = True
+
+    def __init__(self, params: LayerDropParams) -> None:
+        self._params = params
+
+    def prune(
+        self,
+        decoder: Decoder,
+        calibration: Sequence[Tensor] | None,
+        target: PruneTarget,
+        progress: Progress,
+    ) -> Iterator[KeptLayers]:
+        """Yield the kept layers; see :meth:`prufed_plugins.api.Pruner.prune`.
+
+        Raises:
+            MethodError: no calibration, a hidden state that is not finite, or a count of layers
+                that cannot be dropped.
+        """
+        layers = len(decoder.blocks)
+        count = dropped_count(layers, self._params, target)
+        check_count(layers, count)
+        if count == 0:
+            yield keep_others(layers, set())
+            progress("layers", layers, layers)
+            return
+        distances = angular_distances(last_token_states(decoder, calibration, progress), count)
+        # of equal distances the higher layers go, as with every strategy
+        start = min(range(len(distances)), key=lambda index: (distances[index], -index))
+        yield keep_others(layers, set(range(start, start + count)), distances)
+
+
+def last_token_states(
+    decoder: Decoder, calibration: Sequence[Tensor] | None, progress: Progress
+) -> Tensor:
+    """Return the last token's state before every block and after the last one, (L+1, N, H).
+
+    Args:
+        decoder: the model of L blocks.
+        calibration: N sequences in batches (B, T).
+        progress: told about finished blocks.
+    """
+    layers = len(decoder.blocks)
+    entering: list[list[Tensor]] = [[] for _ in range(layers + 1)]
+    for block, batch, before, after in passages(decoder, calibration):
+        if block == 0:
+            entering[0].append(_last(before))
+        entering[block + 1].append(_last(after))
+        if batch + 1 == len(calibration or ()):
+            progress("block", block + 1, layers)
+    return torch.stack([torch.cat(batches) for batches in entering])
+
+
+def angular_distances(states: Tensor, count: int) -> list[float]:
+    """Return d(l) for every start l.
+
+    Args:
+        states: (L+1, N, H) in float64: arccos loses half of the digits near 1.
+        count: K, layers to drop.
+    """
+    unit = torch.nn.functional.normalize(states, dim=-1)
+    cosines = (unit[: len(unit) - count] * unit[count:]).sum(dim=-1)  # (L−K+1, N)
+    distances: list[float] = (cosines.clamp(-1, 1).arccos() / torch.pi).mean(dim=-1).tolist()
+    return distances
+
+
+def _last(hidden: Tensor) -> Tensor:
+    """Return the last token's state (B, H), in float64 on the CPU."""
+    return hidden[:, -1].detach().cpu().double()

@@ -1,0 +1,113 @@
+"""Drop the layers that change their input least.
+
+A layer's score is its Block Influence, BI = 1 − E[cos(x, y)] over all calibration tokens, x the
+hidden state that enters the block and y the one that leaves it (Men et al.,
+https://arxiv.org/abs/2403.03853, eq. 1). Sajjad et al. (https://arxiv.org/abs/2004.03844, §3) rank
+by the same cosine, of the sentence token alone, and drop what lies above a threshold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from torch.nn.functional import cosine_similarity
+
+from prufed_plugins.errors import MethodError
+from prufed_plugins.pruners.block_states import passages
+from prufed_plugins.pruners.layers import (
+    FEWEST_LAYERS,
+    ScoringLayerPruner,
+    check_count,
+    keep_others,
+    said_counts,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prufed_plugins.api import Decoder, KeptLayers, Progress, PruneTarget
+    from prufed_plugins.params import ContributionParams
+
+
+class Contribution(ScoringLayerPruner):
+    """Drops the K layers of the lowest Block Influence, or all whose cosine is above a threshold.
+
+    The scores are the Block Influence, in [0, 2].
+    """
+
+    needs_calibration = True
+
+    def __init__(self, params: ContributionParams) -> None:
+        super().__init__(params)
+        self._threshold = params.threshold
+
+    def prune(
+        self,
+        decoder: Decoder,
+        calibration: Sequence[Tensor] | None,
+        target: PruneTarget,
+        progress: Progress,
+    ) -> Iterator[KeptLayers]:
+        """Yield the kept layers; see :meth:`prufed_plugins.api.Pruner.prune`."""
+        if self._threshold is None:
+            yield from super().prune(decoder, calibration, target, progress)
+            return
+        layers = len(decoder.blocks)
+        check_count(layers, 0)
+        if given := said_counts(layers, self._params, target):
+            raise MethodError(
+                f"threshold and {' and '.join(given)} both say how many layers to drop",
+                "leave one of them out",
+            )
+        scores = self.scores(decoder, calibration, progress)
+        yield keep_others(layers, above(scores, self._threshold), scores)
+
+    def scores(
+        self, decoder: Decoder, calibration: Sequence[Tensor] | None, progress: Progress
+    ) -> list[float]:
+        """Return the Block Influence of every layer.
+
+        Raises:
+            MethodError: no calibration, or a hidden state that is not finite.
+        """
+        layers = len(decoder.blocks)
+        sums, tokens = [0.0] * layers, [0] * layers
+        for block, batch, before, after in passages(decoder, calibration):
+            # In float32 a cosine near 1 is off by 1e-7, far below what tells layers apart.
+            cosines = cosine_similarity(before.float(), after.float(), dim=-1)  # (B, T)
+            sums[block] += float(cosines.sum())
+            tokens[block] += cosines.numel()
+            if batch + 1 == len(calibration or ()):
+                progress("block", block + 1, layers)
+        return [1 - total / count for total, count in zip(sums, tokens, strict=True)]
+
+
+def above(scores: Sequence[float], threshold: float) -> set[int]:
+    """Return the layers whose mean cosine, 1 − score, is above the threshold.
+
+    Raises:
+        MethodError: it is none of them, or so many that fewer than two are left.
+    """
+    cosines = [1 - score for score in scores]
+    dropped = {index for index, cosine in enumerate(cosines) if cosine > threshold}
+    ascending = sorted(cosines)
+    if not dropped:
+        raise MethodError(
+            f"no layer's mean cosine is above {threshold:g}; the highest is {ascending[-1]:.4f}",
+            f"lower it below {ascending[-1]:.4f}, or say how many: --layers 1",
+        )
+    if len(scores) - len(dropped) < FEWEST_LAYERS:
+        raise MethodError(
+            f"{len(dropped)} of {len(scores)} layers have a mean cosine above {threshold:g}, "
+            f"which leaves fewer than {FEWEST_LAYERS}",
+            f"raise it to {_up(ascending[FEWEST_LAYERS - 1]):.4f} or more, "
+            "or say how many: --layers 1",
+        )
+    return dropped
+
+
+def _up(value: float) -> float:
+    """Return ``value`` rounded up to four decimals."""
+    return math.ceil(value * 10_000) / 10_000

@@ -1,0 +1,29 @@
+"""Drop the layers of the smallest mean |weight|.
+
+PruFed's "magnitude-based dropping" (Bhansali et al., "PruFed: Federated Fine-Tuning of Pruned
+LLMs", §3), which the paper names and does not define: the mean runs over all entries of the
+block's matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from prufed_plugins.pruners.layers import ScoringLayerPruner
+from prufed_plugins.pruners.weight_scores import mean_abs, weight_scores
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prufed_plugins.api import Decoder, Progress
+
+
+class MagnitudeLayers(ScoringLayerPruner):
+    """Drops the K layers of the smallest mean |w|."""
+
+    def scores(
+        self, decoder: Decoder, calibration: Sequence[Tensor] | None, progress: Progress
+    ) -> list[float]:
+        """Return the mean |w| of every layer."""
+        return weight_scores(decoder, mean_abs, progress)

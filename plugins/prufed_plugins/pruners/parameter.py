@@ -1,0 +1,50 @@
+"""Drop the layers whose weights say least: by their norm, variance or movement.
+
+Sajjad et al., https://arxiv.org/abs/2004.03844, rank layers by the aggregate or the variance of
+their weights; movement is how far tuning took them from where they were.
+:mod:`prufed_plugins.pruners.weight_scores` defines the scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from prufed_plugins.pruners.layers import ScoringLayerPruner
+from prufed_plugins.pruners.reference_weights import ReferenceWeights
+from prufed_plugins.pruners.weight_scores import Score, l1, l2, mean_abs, variance, weight_scores
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prufed_plugins.api import Decoder, Progress
+    from prufed_plugins.params import ParameterParams
+
+SCORES: Final[Mapping[str, Score]] = {
+    "l1": l1,
+    "l2": l2,
+    "mean-abs": mean_abs,
+    "variance": variance,
+    "movement": l2,  # of the difference
+}
+
+
+class Parameter(ScoringLayerPruner):
+    """Drops the K layers of the lowest weight score."""
+
+    def __init__(self, params: ParameterParams) -> None:
+        super().__init__(params)
+        self._score = SCORES[params.score]
+        self._reference = params.reference
+
+    def scores(
+        self, decoder: Decoder, calibration: Sequence[Tensor] | None, progress: Progress
+    ) -> list[float]:
+        """Return the weight score of every layer.
+
+        Raises:
+            MethodError: the reference cannot be read, or is another model's.
+        """
+        origin = None if self._reference is None else ReferenceWeights(Path(self._reference))
+        return weight_scores(decoder, self._score, progress, origin)
