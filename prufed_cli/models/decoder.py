@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prufed_cli.errors import USAGE, PrufedError
+from prufed_cli.models.experts import router_names, unfuse_experts
 
 if TYPE_CHECKING:
     import torch
@@ -97,13 +98,14 @@ def open_decoder(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Mo
     """Return the decoder blocks of a causal language model, and put the model in evaluation mode.
 
     Args:
-        model: the model, in memory.
+        model: the model, in memory; the experts of a mixture are unfused.
         dtype: what its weights will be stored in; by default what they are in now.
 
     Raises:
         PrufedError: the architecture is not a plain decoder; names it.
     """
     model.eval()
+    unfuse_experts(model)
     return ModelDecoder(model, find_stack(model), dtype or model.dtype)
 
 
@@ -112,7 +114,7 @@ def find_stack(model: PreTrainedModel) -> str:
 
     Raises:
         PrufedError: the model is no decoder, or its blocks hold matrices that are not linear
-            modules (experts, state-space layers, quantized weights).
+            modules (experts that cannot be unfused, state-space layers, quantized weights).
     """
     from torch import nn
 
@@ -125,24 +127,26 @@ def find_stack(model: PreTrainedModel) -> str:
         if not isinstance(module, nn.ModuleList) or len(module) != config.num_hidden_layers:
             continue
         if len({type(block) for block in module}) == 1 and _linears(module[0], ""):
-            _check_matrices(name, path, module[0])
+            for index, block in enumerate(module):
+                _check_matrices(name, f"{path}.{index}", block)
             return path
     raise _unsupported(name, f"no list of {config.num_hidden_layers} equal decoder blocks is in it")
 
 
 def _check_matrices(architecture: str, path: str, block: nn.Module) -> None:
     known = {id(linear.get_parameter("weight")) for linear in _linears(block, "").values()}
+    routers = router_names(block)
     for name, parameter in block.named_parameters():
-        if parameter.dim() >= 2 and id(parameter) not in known:
-            raise _unsupported(architecture, f"{path}.0.{name} is not a linear module's weight")
+        if parameter.dim() >= 2 and id(parameter) not in known and not _below(name, routers):
+            raise _unsupported(architecture, f"{path}.{name} is not a linear module's weight")
         if not parameter.is_floating_point():
-            raise _unsupported(architecture, f"{path}.0.{name} is stored as {parameter.dtype}")
+            raise _unsupported(architecture, f"{path}.{name} is stored as {parameter.dtype}")
 
 
 def _unsupported(architecture: str, reason: str) -> PrufedError:
     return PrufedError(
         f"cannot prune a {architecture}: {reason}",
-        "use a dense decoder such as Llama, Mistral, Qwen2, Qwen3, Gemma, OPT or GPT-2",
+        "use a decoder such as Llama, Mistral, Mixtral, Qwen2, Qwen3, Gemma, OPT or GPT-2",
         USAGE,
     )
 
@@ -151,11 +155,16 @@ def _linears(block: nn.Module, prefix: str) -> dict[str, nn.Module]:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
+    routers = router_names(block)
     return {
         f"{prefix}.{name}".lstrip("."): module
         for name, module in block.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
+        if isinstance(module, nn.Linear | Conv1D) and not _below(name, routers)
     }
+
+
+def _below(name: str, modules: set[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from prufed_cli.errors import USAGE, PrufedError
 from prufed_cli.models.decoder import find_stack
+from prufed_cli.models.experts import unfuse_experts
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -31,6 +32,7 @@ def slice_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel
     """
     from torch import nn
 
+    unfuse_experts(model)  # find_stack knows no fused ones
     path = find_stack(model)
     stack = model.get_submodule(path)
     assert isinstance(stack, nn.ModuleList)
