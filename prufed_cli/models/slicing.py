@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from prufed_cli.errors import USAGE, PrufedError
 from prufed_cli.models.decoder import find_stack
@@ -11,6 +11,9 @@ from prufed_cli.models.experts import unfuse_experts
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+_NUMBERS: Final = {"layer_idx", "layer_id"}
+"""What modules call the number of the layer they are in."""
 
 
 def slice_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
@@ -44,18 +47,41 @@ def slice_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel
         )
     for local, layer in enumerate(kept):
         for module in stack[layer].modules():
-            if hasattr(module, "layer_idx"):
-                setattr(module, "layer_idx", local)  # noqa: B010 (nn.Module types attributes as tensors)
+            for name in _NUMBERS & vars(module).keys():
+                setattr(module, name, local)
     model.set_submodule(path, nn.ModuleList(stack[layer] for layer in kept))
     _slice_config(model.config.get_text_config(), kept)
     return model
 
 
 def _slice_config(config: PretrainedConfig, kept: Sequence[int]) -> None:
-    """Trim the per-layer lists (``layer_types`` and the like) and set the number of layers."""
+    """Let everything that a configuration says of single layers speak of those that stay."""
     before = config.num_hidden_layers
+    rules = _renumbered(config, kept)
     for name, value in vars(config).items():
-        if "layer" in name and isinstance(value, list | tuple) and len(value) == before:
-            trimmed: Any = [value[layer] for layer in kept]
-            setattr(config, name, trimmed)
+        per_layer = "layer" in name and isinstance(value, list | tuple) and len(value) == before
+        if per_layer and name not in rules:
+            rules[name] = [value[layer] for layer in kept]
+    for name, value in rules.items():
+        setattr(config, name, value)
     config.num_hidden_layers = len(kept)
+
+
+def _renumbered(config: PretrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
+    """Return what is said of layers by their numbers, said of their new ones.
+
+    Every n-th layer is no longer every n-th, so the rule becomes a list.
+    """
+    rules: dict[str, Any] = {}
+    dense_first = getattr(config, "first_k_dense_replace", None)
+    if isinstance(dense_first, int):
+        rules["first_k_dense_replace"] = sum(layer < dense_first for layer in kept)
+    if isinstance(step := getattr(config, "decoder_sparse_step", None), int):
+        dense = set(config.mlp_only_layers or ())
+        rules["mlp_only_layers"] = [
+            local for local, layer in enumerate(kept) if layer in dense or (layer + 1) % step
+        ]
+        rules["decoder_sparse_step"] = 1
+    if hasattr(config, "attention_types"):  # GPT-Neo: (types, how often), one after the other
+        rules["attention_types"] = [[[config.attention_layers[layer]], 1] for layer in kept]
+    return rules

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPTNeoConfig, LlamaConfig, PreTrainedModel
 
 from prufed_cli.errors import PrufedError
 from prufed_cli.models.decoder import open_decoder
@@ -79,6 +79,41 @@ def test_per_layer_lists_of_the_configuration_follow(new_model: Callable[..., An
     sliced = slice_layers(new_model("gemma3", layer_types=types), [0, 2, 3])
     assert list(sliced.config.layer_types) == [types[0], types[2], types[3]]
     assert [layer.self_attn.layer_idx for layer in sliced.model.layers] == [0, 1, 2]
+
+
+def test_a_type_stored_per_layer_is_kept_where_a_rule_would_give_another(
+    new_model: Callable[..., Any], ids: Tensor, tmp_path: Path
+) -> None:
+    """Qwen2's sliding window begins at ``max_window_layers``, Gemma3's pattern counts to six."""
+    for name in ("qwen2", "gemma3"):
+        sliced = slice_layers(new_model(name), [1, 4, 5])
+        sliced.save_pretrained(tmp_path / name)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert list(loaded.config.layer_types) == list(sliced.config.layer_types)
+        windows = [layer.self_attn.sliding_window for layer in sliced.model.layers]
+        assert [layer.self_attn.sliding_window for layer in loaded.model.layers] == windows
+
+
+@torch.no_grad()
+def test_layers_that_number_themselves_otherwise(ids: Tensor, tmp_path: Path) -> None:
+    config = GPTNeoConfig(
+        vocab_size=97,
+        hidden_size=32,
+        num_layers=6,
+        num_heads=4,
+        attention_types=[[["global", "local"], 3]],
+        window_size=8,
+        max_position_embeddings=64,
+    )
+    sliced = slice_layers(AutoModelForCausalLM.from_config(config).eval(), [0, 2, 5])
+    options: dict[str, Any] = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
+    options["attention_mask"] = torch.ones_like(ids[:1])
+    cached = sliced.generate(ids[:1], use_cache=True, **options)
+    assert torch.equal(cached, sliced.generate(ids[:1], use_cache=False, **options))
+    sliced.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert loaded.config.attention_layers == ["global", "global", "local"]
+    assert torch.equal(loaded(ids).logits, sliced(ids).logits)
 
 
 @pytest.mark.parametrize("kept", [[], [2, 1], [0, 0, 1], [-1, 2], [4, 6]])

@@ -220,14 +220,36 @@ def test_every_expert_is_pruned_and_no_router(method: str, mixture: Any, ids: Te
     assert torch.isfinite(mixture(ids).logits).all()
 
 
+@pytest.mark.parametrize("kept", [[1, 2], [0, 2], [0, 1]])
 @torch.no_grad()
-def test_a_sliced_mixture_opens_again(mixture: Any, ids: Tensor, tmp_path: Path) -> None:
-    slice_layers(mixture, [1, 2])
-    mixture.save_pretrained(tmp_path)
-    loaded, loading = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+def test_a_sliced_mixture_opens_again(
+    mixture: Any, ids: Tensor, tmp_path: Path, kept: list[int]
+) -> None:
+    slice_layers(mixture, kept)
+    check_opens(mixture, ids, tmp_path)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize("kept", [[0, 2, 5], [1, 3, 4], [2, 3]])
+def test_a_rule_for_every_second_layer_becomes_a_list(
+    name: str, kept: list[int], ids: Tensor, tmp_path: Path
+) -> None:
+    model = make_mixture(name, num_hidden_layers=6, decoder_sparse_step=2, mlp_only_layers=[1])
+    sparse = [layer for layer in (3, 5) if layer in kept]
+    slice_layers(model, kept)
+    dense = [local for local, layer in enumerate(kept) if layer not in sparse]
+    assert list(model.config.mlp_only_layers) == dense
+    check_opens(model, ids, tmp_path)
+
+
+def check_opens(sliced: Any, ids: Tensor, directory: Path) -> None:
+    sliced.save_pretrained(directory)
+    loaded, loading = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
     assert not loading["missing_keys"]
     assert not loading["unexpected_keys"]
-    torch.testing.assert_close(loaded.eval()(ids).logits, mixture(ids).logits, rtol=1e-5, atol=1e-6)
+    expected = sliced(ids).logits
+    torch.testing.assert_close(loaded.eval()(ids).logits, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_experts_that_cannot_be_unfused_are_refused_by_name() -> None:
