@@ -31,7 +31,8 @@ def slice_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel
         The same model.
 
     Raises:
-        PrufedError: the indices are not ascending layers of the model, or the model is no decoder.
+        PrufedError: the indices are not ascending layers of the model, the model is no decoder, or
+            its layers cannot do without one another.
     """
     from torch import nn
 
@@ -45,6 +46,7 @@ def slice_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel
             f"list layers between 0 and {len(stack) - 1}, each once",
             USAGE,
         )
+    _check_independent(model)
     for local, layer in enumerate(kept):
         for module in stack[layer].modules():
             for name in _NUMBERS & vars(module).keys():
@@ -52,6 +54,21 @@ def slice_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel
     model.set_submodule(path, nn.ModuleList(stack[layer] for layer in kept))
     _slice_config(model.config.get_text_config(), kept)
     return model
+
+
+def _check_independent(model: PreTrainedModel) -> None:
+    """Refuse layers that use what other layers have (Gemma 3n, Gemma 4)."""
+    config = model.config.get_text_config()
+    for name, reason in (
+        ("num_kv_shared_layers", "later layers use the keys and values of earlier ones"),
+        ("hidden_size_per_layer_input", "one embedding holds a part for every layer"),
+    ):
+        if getattr(config, name, None):
+            raise PrufedError(
+                f"cannot drop layers of a {type(model).__name__}: {reason}",
+                "prune its entries: --method magnitude --sparsity 0.5",
+                USAGE,
+            )
 
 
 def _slice_config(config: PretrainedConfig, kept: Sequence[int]) -> None:

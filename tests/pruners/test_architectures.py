@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPTNeoConfig, LlamaConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3nTextConfig,
+    GPTNeoConfig,
+    LlamaConfig,
+    PreTrainedModel,
+)
 
 from prufed_cli.errors import PrufedError
 from prufed_cli.models.decoder import open_decoder
@@ -120,6 +126,33 @@ def test_layers_that_number_themselves_otherwise(ids: Tensor, tmp_path: Path) ->
 def test_layers_that_cannot_be_kept_are_refused(llama: Any, kept: list[int]) -> None:
     with pytest.raises(PrufedError, match="not ascending layers of a model that has 6"):
         slice_layers(llama, kept)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_kv_shared_layers": 2}, "the keys and values of earlier ones"),
+        ({"num_kv_shared_layers": 0}, "one embedding holds a part for every layer"),
+    ],
+)
+def test_layers_that_cannot_do_without_one_another_are_refused(
+    settings: dict[str, Any], message: str
+) -> None:
+    config = Gemma3nTextConfig(
+        vocab_size=31,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=5,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=31,
+        layer_types=["full_attention"] * 5,
+        **settings,
+    )
+    with pytest.raises(PrufedError, match=f"cannot drop layers of a Gemma3n.*{message}"):
+        slice_layers(AutoModelForCausalLM.from_config(config), [0, 1])
 
 
 def test_an_encoder_decoder_is_refused_by_name() -> None:
