@@ -207,7 +207,8 @@ class KeptLayers:
 
     Attributes:
         layers: global indices, ascending; local layer j of the sub-model is ``layers[j]``.
-        scores: one score per original layer where the method has scores.
+        scores: one score per original layer where the method has scores; fewer where a score
+            belongs to a run of layers and the last ones cannot start one.
     """
 
     layers: tuple[int, ...]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,16 +19,41 @@ if TYPE_CHECKING:
 
 def command(
     reference: Annotated[str, typer.Argument(autocompletion=complete_reference)],
+    report: Annotated[
+        bool, typer.Option("--report", help="What pruning did, per matrix or per layer.")
+    ] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="With --report: a row for every matrix.")
+    ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw the report into an .svg or .png file."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show one artifact: recipe, parents, metrics, details, evaluations, files."""
     from prufed_cli.home import open_registry
-    from prufed_cli.output import emit_json, print_line
-    from prufed_cli.pruning import read_report
 
+    if plot is not None:
+        from prufed_cli.prune_plot import check_plot_path
+
+        check_plot_path(plot)
     registry = open_registry()
     artifact = registry.resolve(reference)
-    evaluations = registry.evaluations(artifact.digest)
+    if plot is not None:
+        _draw(artifact, plot)
+    if report or every:
+        _print_report(artifact, every=every, as_json=as_json)
+    elif plot is None or as_json:
+        _print_artifact(artifact, registry.evaluations(artifact.digest), as_json=as_json)
+
+
+def _print_artifact(
+    artifact: Artifact, evaluations: Mapping[str, Mapping[str, Any]], *, as_json: bool
+) -> None:
+    from prufed_cli.output import emit_json, print_line
+    from prufed_cli.prune_report import stored_report
+
     if as_json:
         emit_json(
             {
@@ -33,7 +61,7 @@ def command(
                 "path": str(artifact.path),
                 "manifest": artifact.manifest.model_dump(mode="json"),
                 "evaluations": evaluations,
-                "report": read_report(artifact),
+                "report": stored_report(artifact),
             }
         )
         return
@@ -42,6 +70,55 @@ def command(
     for payload in evaluations.values():
         shown = {key: value for key, value in payload.items() if key != "per_document"}
         print_line(f"evaluated   {_compact(shown)}")
+
+
+def _print_report(artifact: Artifact, *, every: bool, as_json: bool) -> None:
+    from prufed_cli import prune_report as reports
+    from prufed_cli.output import emit_json, print_line, table
+
+    stored = reports.stored_report(artifact)
+    report = reports.parse_report(stored, artifact.ref)
+    if as_json:
+        seconds = reports.matrix_seconds(artifact)
+        emit_json({"reference": artifact.ref, "report": stored, "matrix_seconds": seconds})
+        return
+    if report.result == "sliced":
+        layers = reports.layer_rows(report, artifact)
+        columns, cells = reports.layer_table(layers, reports.score_label(artifact), _bar())
+        table(columns, cells, numeric=[0, 2])
+        print_line(f"kept {len(report.kept_layers)} of {len(layers)} layers of the base")
+    else:
+        rows = reports.matrix_rows(
+            report, reports.stored_shapes(artifact), reports.matrix_seconds(artifact)
+        )
+        folded = len(rows) > reports.FULL_TABLE and not every
+        shown = reports.block_rows(rows) if folded else reports.with_subtotals(rows)
+        columns, cells = reports.row_table(shown if len(rows) > reports.FULL_TABLE else rows)
+        table(columns, cells, numeric=range(1, len(columns) - ("" in columns)))
+        print_line(reports.MASKED_NOTE)
+        if folded:
+            print_line(f"--all lists the {len(rows)} matrices one by one.")
+    if report.perplexity is not None:
+        print_line(reports.perplexity_line(report.perplexity))
+
+
+def _draw(artifact: Artifact, path: Path) -> None:
+    from prufed_cli import prune_plot, prune_report
+    from prufed_cli.output import reporter
+
+    report = prune_report.parse_report(prune_report.stored_report(artifact), artifact.ref)
+    if report.result == "sliced":
+        rows = prune_report.layer_rows(report, artifact)
+        figure = prune_plot.plot_layers(rows, prune_report.score_label(artifact), artifact.ref)
+    else:
+        figure = prune_plot.plot_matrices(prune_report.matrix_rows(report, {}, {}), artifact.ref)
+    prune_plot.write_figure(figure, path)
+    reporter().note(f"wrote {path}")
+
+
+def _bar() -> str:
+    """Return what bars are made of, in the encoding of stdout."""
+    return "\u2588" if (sys.stdout.encoding or "").lower().startswith("utf") else "#"
 
 
 def _lines(artifact: Artifact) -> list[str]:

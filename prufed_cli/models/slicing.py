@@ -40,39 +40,37 @@ def slice_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel
     path = find_stack(model)
     stack = model.get_submodule(path)
     assert isinstance(stack, nn.ModuleList)
-    if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= len(stack):
-        raise PrufedError(
-            f"layers {list(kept)} are not ascending layers of a model that has {len(stack)}",
-            f"list layers between 0 and {len(stack) - 1}, each once",
-            USAGE,
-        )
-    _check_independent(model)
+    check_layers(kept, len(stack))
+    slice_config(model.config.get_text_config(), kept)
     for local, layer in enumerate(kept):
         for module in stack[layer].modules():
             for name in _NUMBERS & vars(module).keys():
                 setattr(module, name, local)
     model.set_submodule(path, nn.ModuleList(stack[layer] for layer in kept))
-    _slice_config(model.config.get_text_config(), kept)
     return model
 
 
-def _check_independent(model: PreTrainedModel) -> None:
-    """Refuse layers that use what other layers have (Gemma 3n, Gemma 4)."""
-    config = model.config.get_text_config()
-    for name, reason in (
-        ("num_kv_shared_layers", "later layers use the keys and values of earlier ones"),
-        ("hidden_size_per_layer_input", "one embedding holds a part for every layer"),
-    ):
-        if getattr(config, name, None):
-            raise PrufedError(
-                f"cannot drop layers of a {type(model).__name__}: {reason}",
-                "prune its entries: --method magnitude --sparsity 0.5",
-                USAGE,
-            )
+def check_layers(kept: Sequence[int], layers: int) -> None:
+    """Refuse layers that are not ascending layers of a model.
+
+    Raises:
+        PrufedError: as said.
+    """
+    if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= layers:
+        raise PrufedError(
+            f"layers {list(kept)} are not ascending layers of a model that has {layers}",
+            f"list layers between 0 and {layers - 1}, each once",
+            USAGE,
+        )
 
 
-def _slice_config(config: PretrainedConfig, kept: Sequence[int]) -> None:
-    """Let everything that a configuration says of single layers speak of those that stay."""
+def slice_config(config: PretrainedConfig, kept: Sequence[int]) -> None:
+    """Let everything that a configuration says of single layers speak of those that stay.
+
+    Raises:
+        PrufedError: the model's layers cannot do without one another.
+    """
+    _check_independent(config)
     before = config.num_hidden_layers
     rules = _renumbered(config, kept)
     for name, value in vars(config).items():
@@ -82,6 +80,20 @@ def _slice_config(config: PretrainedConfig, kept: Sequence[int]) -> None:
     for name, value in rules.items():
         setattr(config, name, value)
     config.num_hidden_layers = len(kept)
+
+
+def _check_independent(config: PretrainedConfig) -> None:
+    """Refuse layers that use what other layers have (Gemma 3n, Gemma 4)."""
+    for name, reason in (
+        ("num_kv_shared_layers", "later layers use the keys and values of earlier ones"),
+        ("hidden_size_per_layer_input", "one embedding holds a part for every layer"),
+    ):
+        if getattr(config, name, None):
+            raise PrufedError(
+                f"cannot drop layers of a {config.model_type} model: {reason}",
+                "prune its entries: --method magnitude --sparsity 0.5",
+                USAGE,
+            )
 
 
 def _renumbered(config: PretrainedConfig, kept: Sequence[int]) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def test_layers_that_cannot_do_without_one_another_are_refused(
         layer_types=["full_attention"] * 5,
         **settings,
     )
-    with pytest.raises(PrufedError, match=f"cannot drop layers of a Gemma3n.*{message}"):
+    with pytest.raises(PrufedError, match=f"cannot drop layers of a gemma3n.*{message}"):
         slice_layers(AutoModelForCausalLM.from_config(config), [0, 1])
 
 
