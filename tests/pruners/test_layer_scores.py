@@ -488,3 +488,22 @@ def test_one_block_at_a_time_is_enough(method: str) -> None:
     assert result.scores == pytest.approx(expected.scores, abs=1e-3)  # held in fp16
     calibrated = method in {"contribution", "angular"}
     assert decoder.held == (LAYERS * 2 if calibrated else 0)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("parameter", {"score": "variance"}),
+        ("magnitude-layers", {}),
+        ("contribution", {}),
+        ("angular", {}),
+    ],
+)
+def test_a_cuda_device_gives_the_cpus_scores(
+    llama: Any, ids: Tensor, method: str, settings: dict[str, Any]
+) -> None:
+    here = prune(open_decoder(llama), method, settings | {"drop": 2}, [ids])
+    there = prune(open_decoder(llama.to("cuda")), method, settings | {"drop": 2}, [ids.to("cuda")])
+    assert there.layers == here.layers
+    assert there.scores == pytest.approx(here.scores, abs=1e-3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from prufed_plugins.api import KeptLayers, PruneTarget
-from prufed_plugins.discover import build
+from prufed_plugins.discover import build, catalog
 from prufed_plugins.errors import MethodError
 from prufed_plugins.testing.pruner import TinyDecoder
 
@@ -45,6 +45,13 @@ def test_the_published_tables(method: str, of_twelve: list[int], of_thirty_two: 
 def test_alternate_starts_at_the_highest_layer_of_its_parity_when_the_depth_is_odd() -> None:
     assert dropped("odd-alternate", 5, 2) == [2, 4]
     assert dropped("even-alternate", 5, 2) == [1, 3]
+
+
+def test_an_alias_says_what_it_stands_for() -> None:
+    alias, meant = (catalog().get("pruner", f"{name}-alternate") for name in ("top", "even"))
+    assert alias.method.summary.startswith("alias of even-alternate")
+    assert alias.method.target == meant.method.target
+    assert alias.method.params is meant.method.params
 
 
 def test_symmetric_drops_the_middle_half() -> None:

@@ -101,7 +101,8 @@ def dropped_count(layers: int, params: LayerDropParams, target: PruneTarget) -> 
     if len(given) != 1:
         what = f"{' and '.join(given)} both say" if given else "nothing says"
         raise MethodError(
-            f"{what} how many layers to drop", "pass one of --set keep=8, --set drop=8, --sparsity"
+            f"{what} how many layers to drop",
+            "pass one of --layers 8, --set keep=8, --set drop=8, --sparsity 0.25",
         )
     return next(iter(given.values()))
 
