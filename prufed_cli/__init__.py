@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from prufed_cli.errors import PrufedError
     from prufed_cli.evaluation import EvaluationReport, evaluate, evaluate_model
-    from prufed_cli.exporting import export, export_merged
+    from prufed_cli.exporting import PackedExport, export, export_merged, export_packed
     from prufed_cli.federation.federate import FederateResult, federate, plan_federation
     from prufed_cli.home import open_registry
     from prufed_cli.hub import PullResult, PushResult, pull, push
+    from prufed_cli.importing import import_directory
     from prufed_cli.models.base import Loaded, load_reference
     from prufed_cli.progress import Reporter
     from prufed_cli.pruning import PruneRequest, PruneResult, prune
@@ -28,6 +29,7 @@ __all__ = [
     "EvaluationReport",
     "FederateResult",
     "Loaded",
+    "PackedExport",
     "PrufedError",
     "PruneRequest",
     "PruneResult",
@@ -39,7 +41,9 @@ __all__ = [
     "evaluate_model",
     "export",
     "export_merged",
+    "export_packed",
     "federate",
+    "import_directory",
     "load_reference",
     "open_registry",
     "plan_federation",
@@ -51,10 +55,11 @@ __all__ = [
 _MODULES: Final = {
     "prufed_cli.errors": ("PrufedError",),
     "prufed_cli.evaluation": ("EvaluationReport", "evaluate", "evaluate_model"),
-    "prufed_cli.exporting": ("export", "export_merged"),
+    "prufed_cli.exporting": ("PackedExport", "export", "export_merged", "export_packed"),
     "prufed_cli.federation.federate": ("FederateResult", "federate", "plan_federation"),
     "prufed_cli.home": ("open_registry",),
     "prufed_cli.hub": ("PullResult", "PushResult", "pull", "push"),
+    "prufed_cli.importing": ("import_directory",),
     "prufed_cli.models.base": ("Loaded", "load_reference"),
     "prufed_cli.progress": ("Reporter",),
     "prufed_cli.pruning": ("PruneRequest", "PruneResult", "prune"),

@@ -1,8 +1,11 @@
-"""Copy an artifact out of the registry, or merge an adapter into a stand-alone model."""
+"""Copy an artifact out of the registry, pack it, or merge an adapter into a stand-alone model."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -12,6 +15,7 @@ from prufed_cli.models.base import ADAPTER_KINDS, MASKS_FILE, base_of
 from prufed_cli.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
+    from prufed_cli.packing import Sizes
     from prufed_registry import Artifact, Registry
 
 
@@ -33,6 +37,52 @@ def export(
     if artifact.kind in ADAPTER_KINDS and base is None:
         base = str(base_of(artifact, registry).path)
     return registry.export(artifact.ref, directory, base)
+
+
+@dataclass(frozen=True)
+class PackedExport:
+    """A packed artifact outside the registry.
+
+    Attributes:
+        path: its directory.
+        sizes: of its weights and masks.
+    """
+
+    path: Path
+    sizes: Sizes
+
+
+def export_packed(
+    reference: str,
+    directory: Path,
+    *,
+    base: str | None = None,
+    registry: Registry | None = None,
+    reporter: Reporter = SILENT,
+) -> PackedExport:
+    """Write an artifact to a new directory as its masks and the values they keep.
+
+    The directory cannot be opened as a model; :func:`prufed_cli.import_directory` restores the
+    artifact bit for bit.
+
+    Raises:
+        PrufedError: the directory is not empty, or a file is not what was published.
+        RegistryError: no such artifact, or damaged files.
+    """
+    from prufed_cli.home import open_registry
+    from prufed_cli.packing import pack_artifact
+    from prufed_cli.packing.directories import to_be_packed
+
+    registry = registry or open_registry()
+    artifact = registry.resolve(reference)
+    if artifact.kind in ADAPTER_KINDS and base is None:
+        base = str(base_of(artifact, registry).path)
+    with _new_directory(directory) as partial:
+        registry.export(
+            artifact.ref, partial, base, leave_out=to_be_packed(artifact.manifest.files)
+        )
+        sizes = pack_artifact(artifact, partial, reporter)
+    return PackedExport(directory.absolute(), sizes)
 
 
 def export_merged(
@@ -60,23 +110,36 @@ def export_merged(
             f"`prufed export {artifact.ref} DIR` copies it as it is",
             USAGE,
         )
-    directory = directory.absolute()
-    if directory.exists() and any(directory.iterdir()):
-        raise PrufedError(f"{directory} is not empty", "name a new directory", USAGE)
     base = base_of(artifact, registry)
-    with reporter.task(f"merge {artifact.ref} into {base.ref}"):
+    with (
+        _new_directory(directory) as partial,
+        reporter.task(f"merge {artifact.ref} into {base.ref}"),
+    ):
         loaded = load_reference(artifact.ref, registry, device="cpu")
-        partial = directory.with_name(f".{directory.name}-{uuid4().hex}")
-        try:
-            partial.mkdir(parents=True)
-            loaded.model.to(stored_dtype(base)).save_pretrained(partial)
-            _copy_beside_weights(base, partial)
-            if directory.exists():
-                directory.rmdir()
-            partial.rename(directory)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    return directory
+        loaded.model.to(stored_dtype(base)).save_pretrained(partial)
+        _copy_beside_weights(base, partial)
+    return directory.absolute()
+
+
+@contextmanager
+def _new_directory(directory: Path) -> Iterator[Path]:
+    """Return a directory to write into, which becomes ``directory`` once all is written.
+
+    Raises:
+        PrufedError: there is something at ``directory`` already.
+    """
+    directory = directory.absolute()
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise PrufedError(f"{directory} is not empty", "name a new directory", USAGE)
+    partial = directory.with_name(f".{directory.name}-{uuid4().hex}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if directory.exists():
+            directory.rmdir()
+        partial.rename(directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _copy_beside_weights(base: Artifact, directory: Path) -> None:

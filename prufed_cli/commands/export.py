@@ -17,6 +17,10 @@ def command(
     merge: Annotated[
         bool, typer.Option("--merge", help="Merge an adapter into its base: a stand-alone model.")
     ] = False,
+    packed: Annotated[
+        bool,
+        typer.Option("--packed", help="Masks and kept values only; `prufed import` restores it."),
+    ] = False,
     base: Annotated[
         str | None,
         typer.Option(help="What an adapter names as its base. Default: its base's directory."),
@@ -24,15 +28,31 @@ def command(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Copy an artifact out of the registry, or merge an adapter into a stand-alone model."""
-    from prufed_cli.exporting import export, export_merged
+    """Copy an artifact out of the registry, or merge an adapter into a stand-alone model.
+
+    --packed writes a smaller form that no library opens: for storing, and for sending.
+    """
+    from prufed_cli.errors import USAGE, PrufedError
+    from prufed_cli.exporting import export, export_merged, export_packed
     from prufed_cli.output import emit_json, print_line, reporter
 
-    if merge:
-        written = export_merged(reference, directory, reporter=reporter(quiet=quiet or as_json))
+    telling = reporter(quiet=quiet or as_json)
+    if merge and packed:
+        raise PrufedError(
+            "--merge and --packed exclude each other",
+            "merge, `prufed import` the result, and export that --packed",
+            USAGE,
+        )
+    if packed:
+        made = export_packed(reference, directory, base=base, reporter=telling)
+        plain, small = made.sizes.plain, made.sizes.packed
+        telling.note(f"{plain:,} bytes of weights and masks packed into {small:,}")
+        document = {"path": str(made.path), "bytes": plain, "packed_bytes": small}
+    elif merge:
+        document = {"path": str(export_merged(reference, directory, reporter=telling))}
     else:
-        written = export(reference, directory, base=base)
+        document = {"path": str(export(reference, directory, base=base))}
     if as_json:
-        emit_json({"path": str(written)})
+        emit_json(document)
     else:
-        print_line(str(written))
+        print_line(str(document["path"]))

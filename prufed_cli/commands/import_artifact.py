@@ -7,26 +7,24 @@ from typing import Annotated
 
 import typer
 
-from prufed_cli.commands.options import Json
+from prufed_cli.commands.options import Json, Quiet
 
 
 def command(
     directory: Annotated[Path, typer.Argument(help="A model or adapter directory.")],
     name: Annotated[str | None, typer.Option(help="Name of the artifact.")] = None,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Take a model or adapter directory into the registry and print its reference.
 
     A directory exported by prufed keeps its kind, recipe and parents and is checked file by file;
-    any other is imported as a base.
+    one exported --packed is restored first. Any other is imported as a base.
     """
-    from prufed_cli.errors import NOT_FOUND, PrufedError
-    from prufed_cli.home import open_registry
-    from prufed_cli.output import emit_json, print_line
+    from prufed_cli.importing import import_directory
+    from prufed_cli.output import emit_json, print_line, reporter
 
-    if not directory.is_dir():
-        raise PrufedError(f"no directory {directory}", "give a model directory", NOT_FOUND)
-    artifact = open_registry().import_directory(directory, name=name)
+    artifact = import_directory(directory, name=name, reporter=reporter(quiet=quiet or as_json))
     if as_json:
         emit_json({"reference": artifact.ref, "digest": artifact.digest, "kind": artifact.kind})
     else:

@@ -22,6 +22,10 @@ def command(
     with_base: Annotated[
         bool, typer.Option("--with-base", help="Push an adapter's base too, if it is not there.")
     ] = False,
+    packed: Annotated[
+        bool,
+        typer.Option("--packed", help="Send a smaller form, which only `prufed pull` opens."),
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -33,7 +37,14 @@ def command(
     from prufed_cli.output import emit_json, print_line, reporter
 
     telling = reporter(quiet=quiet or as_json)
-    result = push(reference, repository, private=not public, with_base=with_base, reporter=telling)
+    result = push(
+        reference,
+        repository,
+        private=not public,
+        with_base=with_base,
+        packed=packed,
+        reporter=telling,
+    )
     if as_json:
         emit_json(_document(result) | {"base": _document(result.base) if result.base else None})
         return

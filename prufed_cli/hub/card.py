@@ -19,24 +19,35 @@ _RELATIONS: Final = {
 }
 """The relations the Hub knows; it has no word for pruning."""
 
+_PACKED: Final = (
+    "This repository holds the packed form of the model: masks and the values they keep. "
+    "`prufed pull` restores it bit for bit; transformers cannot open it as it is.",
+    "",
+)
 
-def model_card(lineage: Lineage, artifact: Artifact, base: Place | None) -> str:
+
+def model_card(
+    lineage: Lineage, artifact: Artifact, base: Place | None, *, packed: bool = False
+) -> str:
     """Return the card with the metadata block that the Hub reads.
 
     Args:
         lineage: of the artifact.
         artifact: what it describes; its own card, with the upstream licence, is the beginning.
         base: where the model it was made from is on the Hub, if it is there.
+        packed: whether the repository holds the packed form.
     """
     metadata, body = read_card(artifact.path)
     adapter = artifact.kind.endswith("-adapter")
     metadata.setdefault("library_name", "peft" if adapter else "transformers")
+    if packed:
+        metadata["library_name"] = "prufed"
     tags = metadata.get("tags")
     metadata["tags"] = sorted({*(tags if isinstance(tags, list) else []), "prufed"}, key=str)
     if base is not None and artifact.kind in _RELATIONS:
         metadata["base_model"] = base.repository
         metadata["base_model_relation"] = _RELATIONS[artifact.kind]
-    facts = "\n".join(_facts(lineage, artifact))
+    facts = "\n".join([*(_PACKED if packed else ()), *_facts(lineage, artifact)])
     return render_card(metadata, f"{body.strip() or f'# {artifact.name}'}\n\n{facts}\n")
 
 

@@ -1,4 +1,7 @@
-"""What a repository on the Hub holds: an artifact's files, two of them in the Hub's own form."""
+"""What a repository on the Hub holds: an artifact's files, two of them in the Hub's own form.
+
+In the packed form, ``prufed-packed/`` holds the weights and masks in place of the plain files.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from prufed_cli.errors import INTEGRITY, PrufedError
 from prufed_cli.hub.card import model_card
 from prufed_cli.hub.connection import MANIFEST, ORIGINALS
+from prufed_cli.packing.directories import PACKED, to_be_packed
+from prufed_registry.durable import hash_file
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -23,17 +28,28 @@ Content = Path | bytes
 
 
 def repository_files(
-    artifact: Artifact, lineage: Lineage, base: Place | None
+    artifact: Artifact, lineage: Lineage, base: Place | None, packed: Path | None = None
 ) -> dict[str, Content]:
     """Return what a repository shall hold, by path.
 
     The model card gets the metadata that the Hub reads, and an adapter names its base by
     repository and revision; the published bytes of both lie under :data:`ORIGINALS`.
+
+    Args:
+        artifact: what is pushed.
+        lineage: of the artifact, for the card.
+        base: where the model it was made from is on the Hub, if it is there.
+        packed: the directory that holds its packed files; None for the plain form.
     """
     files: dict[str, Content] = {
         path: artifact.path / path for path in (*artifact.manifest.files, MANIFEST)
     }
-    replaced: dict[str, bytes] = {"README.md": model_card(lineage, artifact, base).encode()}
+    if packed is not None:
+        for path in to_be_packed(artifact.manifest.files):
+            del files[path]
+            files[PACKED + path] = packed / PACKED / path
+    card = model_card(lineage, artifact, base, packed=packed is not None)
+    replaced: dict[str, bytes] = {"README.md": card.encode()}
     if "adapter_config.json" in files and base is not None:
         config = json.loads((artifact.path / "adapter_config.json").read_text(encoding="utf-8"))
         config |= {"base_model_name_or_path": base.repository, "revision": base.revision}
@@ -82,7 +98,7 @@ def stale_files(
     if not isinstance(stated, dict):
         return []
     present = api.list_repo_files(repository, revision=head)
-    ours = {path for path in present if path in stated or path.startswith(ORIGINALS)}
+    ours = {path for path in present if path in stated or path.startswith((ORIGINALS, PACKED))}
     return sorted(ours - files.keys())
 
 
@@ -109,9 +125,15 @@ def check_arrived(
 
 def _is_same(stored: RepoSibling, content: Content, sha256: str | None) -> bool:
     if stored.lfs is not None:
-        return stored.lfs.sha256 == (sha256 or hashlib.sha256(_bytes(content)).hexdigest())
+        return stored.lfs.sha256 == (sha256 or _sha256(content))
     data = _bytes(content)
     return stored.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def _sha256(content: Content) -> str:
+    if isinstance(content, Path):
+        return hash_file(content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def _bytes(content: Content) -> bytes:

@@ -22,6 +22,7 @@ from prufed_cli.hub.connection import (
 )
 from prufed_cli.hub.places import Place, remember, seen
 from prufed_cli.models.base import ADAPTER_KINDS, slug
+from prufed_cli.packing import PACKED, is_packed, restore_packed
 from prufed_cli.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ def pull(
             _pull_base(missing, registry, reporter)
             missing = None
         _restore_originals(snapshot)
+        _restore_packed(snapshot, reporter)
         known = _known(snapshot, registry)
         artifact = known or _take(snapshot, registry, name)
     tag = revision if snapshot.manifest and re.fullmatch(r"v\d+", revision or "") else None
@@ -149,7 +151,11 @@ def _fetch(
     manifest = None
     if MANIFEST in names:
         manifest = _fetch_manifest(api, registry, repository, commit)
-        wanted = [each for each in names if each in manifest.files or each.startswith(ORIGINALS)]
+        wanted = [
+            each
+            for each in names
+            if each.removeprefix(PACKED) in manifest.files or each.startswith(ORIGINALS)
+        ]
         wanted.append(MANIFEST)
     else:
         wanted = _foreign_files(repository, names)
@@ -272,6 +278,14 @@ def _restore_originals(snapshot: _Snapshot) -> None:
     shutil.rmtree(originals)
 
 
+def _restore_packed(snapshot: _Snapshot, reporter: Reporter) -> None:
+    """Unpack what was pushed in the packed form."""
+    directory, manifest = snapshot.directory, snapshot.manifest
+    if manifest is not None and is_packed(directory):
+        restore_packed(directory, directory, manifest, reporter)
+        shutil.rmtree(directory / PACKED)
+
+
 def _known(snapshot: _Snapshot, registry: Registry) -> Artifact | None:
     """Return the artifact of the same content and making, if it is here already."""
     from prufed_registry import fingerprint
@@ -306,4 +320,6 @@ def _take(snapshot: _Snapshot, registry: Registry, name: str | None) -> Artifact
     if snapshot.manifest is None:
         name = name or slug(snapshot.repository.split("/")[1])
     source = f"{snapshot.repository}@{snapshot.commit}"
-    return registry.import_directory(snapshot.directory, name=name, kind="base", source=source)
+    return registry.import_directory(
+        snapshot.directory, name=name, kind="base", source=source, move=True
+    )

@@ -21,6 +21,7 @@ from prufed_cli.hub.content import (
 )
 from prufed_cli.hub.places import Place, recall, remember
 from prufed_cli.models.base import ADAPTER_KINDS, MODEL_KINDS, base_of
+from prufed_cli.packing import pack_artifact
 from prufed_cli.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def push(
     *,
     private: bool = True,
     with_base: bool = False,
+    packed: bool = False,
     registry: Registry | None = None,
     reporter: Reporter = SILENT,
 ) -> PushResult:
@@ -68,6 +70,7 @@ def push(
         repository: ``owner/name``; created if it does not exist.
         private: whether a repository that is created is private.
         with_base: push an adapter's base too, to ``owner/<name of the base>``, if it is not there.
+        packed: send the packed form, which is smaller and which only :func:`prufed_cli.pull` opens.
         registry: where the artifact is; this machine's by default.
         reporter: is told how far it is.
 
@@ -96,7 +99,7 @@ def push(
             model = base_of(artifact, registry)
             place = _place_of(api, model)
             if place is None and with_base:
-                base = _push_base(model, repository, private, registry, reporter)
+                base = _push_base(model, repository, private, packed, registry, reporter)
                 place = recall(model, api.endpoint)
             elif place is None:
                 raise PrufedError(
@@ -107,12 +110,17 @@ def push(
         else:
             place = _nearest_ancestor(api, artifact, registry)
         with reporter.task(what):
-            files = repository_files(artifact, registry.lineage(artifact.ref), place)
-            return _push(api, registry, artifact, repository, private, files, base)
+            api.create_repo(repository, private=private, exist_ok=True)
+            return _push(api, registry, artifact, repository, place, base, packed=packed)
 
 
 def _push_base(
-    model: Artifact, repository: str, private: bool, registry: Registry, reporter: Reporter
+    model: Artifact,
+    repository: str,
+    private: bool,
+    packed: bool,
+    registry: Registry,
+    reporter: Reporter,
 ) -> PushResult:
     """Push the base of an adapter to a repository of its own beside the adapter's."""
     target = f"{repository.split('/')[0]}/{model.name}"
@@ -122,7 +130,9 @@ def _push_base(
             "push the adapter to a repository of another name",
             USAGE,
         )
-    return push(model.ref, target, private=private, registry=registry, reporter=reporter)
+    return push(
+        model.ref, target, private=private, packed=packed, registry=registry, reporter=reporter
+    )
 
 
 def _push(
@@ -130,21 +140,27 @@ def _push(
     registry: Registry,
     artifact: Artifact,
     repository: str,
-    private: bool,
-    files: Mapping[str, Content],
+    place: Place | None,
     base: PushResult | None,
+    *,
+    packed: bool,
 ) -> PushResult:
-    """Create the repository if need be, then commit, compare and tag, unless that is all done."""
+    """Commit, compare and tag, unless that is all done."""
     tag = f"v{artifact.version}"
     url = f"{api.endpoint}/{repository}/tree/{tag}"
-    api.create_repo(repository, private=private, exist_ok=True)
     tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repository).tags}
     commit = tags.get(tag)
     if commit is not None:
         _check_same(api, registry, artifact, repository, tag)
     else:
-        commit = _commit(api, registry, artifact, repository, files)
-        check_arrived(api, repository, commit, artifact, files)
+        lineage = registry.lineage(artifact.ref)
+        with registry.stage() as staging:  # what is packed into it goes with it
+            if packed:
+                pack_artifact(artifact, staging.path)
+            form = staging.path if packed else None
+            files = repository_files(artifact, lineage, place, form)
+            commit = _commit(api, registry, artifact, repository, files)
+            check_arrived(api, repository, commit, artifact, files)
         api.create_tag(repository, tag=tag, revision=commit)
     remember(artifact, Place(api.endpoint, repository, tag, commit))
     return PushResult(artifact, repository, tag, commit, url, already=tag in tags, base=base)

@@ -106,9 +106,11 @@ def find_base(reference: str | None, registry: Registry) -> Artifact:
 
 def import_base(directory: Path, registry: Registry, *, name: str) -> Artifact:
     """Take a model directory into the registry, unless the same content is there already."""
+    from prufed_cli.packing import refuse_packed
     from prufed_registry import fingerprint
     from prufed_registry.transfer import directory_digest
 
+    refuse_packed(directory)
     recipe = {"command": "import", "digest": directory_digest(directory)}
     known = registry.find(fingerprint("base", [], recipe), kind="base")
     return known or registry.import_directory(directory, name=name, kind="base")

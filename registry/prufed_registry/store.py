@@ -8,7 +8,7 @@ from __future__ import annotations
 import builtins
 import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -201,7 +201,14 @@ class Registry:
         located = [self._locate(parse_reference(reference)) for reference in references]
         return verify.check_versions(self._layout, located)
 
-    def export(self, reference: str, directory: Path, base: str | None = None) -> Path:
+    def export(
+        self,
+        reference: str,
+        directory: Path,
+        base: str | None = None,
+        *,
+        leave_out: Collection[str] = (),
+    ) -> Path:
         """Copy an artifact to a new directory outside the registry, manifest included.
 
         Args:
@@ -209,13 +216,14 @@ class Registry:
             directory: where to; it must not exist, or be empty.
             base: what an adapter's configuration shall name as its base model, a path or a name;
                 left as it is if None.
+            leave_out: files that are not copied, by their paths in the artifact.
 
         Returns:
             The directory.
         """
         from prufed_registry.transfer import export
 
-        return export(self.resolve(reference), Path(directory), base)
+        return export(self.resolve(reference), Path(directory), base, leave_out)
 
     def import_directory(
         self,
@@ -224,6 +232,7 @@ class Registry:
         kind: str = "base",
         *,
         source: str | None = None,
+        move: bool = False,
     ) -> Artifact:
         """Publish a copy of a directory in Hugging Face layout.
 
@@ -235,6 +244,7 @@ class Registry:
             name: what to publish it under; the manifest's name or the directory's if None.
             kind: what it is, where no manifest says so.
             source: where it is from, where no manifest says so; the directory's name if None.
+            move: take its files instead of copying them; only for a stage of this registry.
 
         Raises:
             NotFound: there is no such directory.
@@ -243,7 +253,7 @@ class Registry:
         """
         from prufed_registry.transfer import import_directory
 
-        return import_directory(self, Path(directory), name, kind, source)
+        return import_directory(self, Path(directory), name, kind, source, move=move)
 
     def save_evaluation(
         self, artifact_digest: str, task_digest: str, payload: Mapping[str, Any]

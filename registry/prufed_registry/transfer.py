@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -47,7 +47,9 @@ def rewrite_base(config: str, base: str) -> str:
     return rewritten
 
 
-def export(artifact: Artifact, directory: Path, base: str | None) -> Path:
+def export(
+    artifact: Artifact, directory: Path, base: str | None, leave_out: Collection[str]
+) -> Path:
     """Copy an artifact's files, checked against the manifest, to a new directory.
 
     Raises:
@@ -62,8 +64,9 @@ def export(artifact: Artifact, directory: Path, base: str | None) -> Path:
     with storage_errors(f"export {artifact.ref}"):
         try:
             partial.mkdir(parents=True)
-            _copy(artifact.path, partial, [*manifest.files, MANIFEST])
-            _check_copy(artifact, manifest, partial)
+            copied = [path for path in manifest.files if path not in leave_out]
+            _copy(artifact.path, partial, [*copied, MANIFEST])
+            _check_copy(artifact, copied, partial)
             config = partial / ADAPTER_CONFIG
             if base is not None and config.exists():
                 config.write_text(rewrite_base(config.read_text("utf-8"), base), "utf-8")
@@ -84,7 +87,13 @@ def directory_digest(directory: Path) -> str:
 
 
 def import_directory(
-    registry: Registry, directory: Path, name: str | None, kind: str, source: str | None
+    registry: Registry,
+    directory: Path,
+    name: str | None,
+    kind: str,
+    source: str | None,
+    *,
+    move: bool,
 ) -> Artifact:
     """Publish a copy of a directory; see `Registry.import_directory`."""
     if not directory.exists():
@@ -92,13 +101,13 @@ def import_directory(
     if not directory.is_dir():
         raise InvalidRequest(f"{directory} is not a directory", "give a model's directory")
     if (directory / MANIFEST).exists():
-        return _import_published(registry, directory, name)
+        return _import_published(registry, directory, name, move=move)
     source = source or directory.resolve().name
-    return _import_model(registry, directory, name, kind, source)
+    return _import_model(registry, directory, name, kind, source, move=move)
 
 
 def _import_model(
-    registry: Registry, directory: Path, name: str | None, kind: str, source: str
+    registry: Registry, directory: Path, name: str | None, kind: str, source: str, *, move: bool
 ) -> Artifact:
     names.check_kind(kind)
     name = _name_or_slug(name, directory.resolve().name)
@@ -109,15 +118,17 @@ def _import_model(
     _check_weights(directory, kind, found)
     with registry.stage() as staging:
         with storage_errors(f"import {directory}"):
-            _copy(directory, staging.path, found)
+            _copy(directory, staging.path, found, move=move)
             digest = content_digest(staging.seal())
         # The content is the recipe of what came from outside, so the same import is found again.
         recipe = {"command": "import", "digest": digest}
         return staging.publish(name, kind, recipe=recipe, details={"source": source})
 
 
-def _import_published(registry: Registry, directory: Path, name: str | None) -> Artifact:
-    manifest = _foreign_manifest(directory)
+def _import_published(
+    registry: Registry, directory: Path, name: str | None, *, move: bool
+) -> Artifact:
+    manifest = foreign_manifest(directory)
     present = set(regular_files(directory))
     for path in manifest.files:
         check_no_pickle(path)
@@ -125,7 +136,7 @@ def _import_published(registry: Registry, directory: Path, name: str | None) -> 
             raise Damaged(f"{path!r} is missing from {directory}", "fetch the directory again")
     with registry.stage() as staging:
         with storage_errors(f"import {directory}"):
-            _copy(directory, staging.path, manifest.files)
+            _copy(directory, staging.path, manifest.files, move=move)
             _restore_base(staging.path, manifest)
             sealed = staging.seal()
         for path, entry in manifest.files.items():
@@ -153,7 +164,12 @@ def _name_or_slug(name: str | None, source: str) -> str:
     return name
 
 
-def _foreign_manifest(directory: Path) -> Manifest:
+def foreign_manifest(directory: Path) -> Manifest:
+    """Return the manifest in a directory outside the registry.
+
+    Raises:
+        Damaged: it is missing, or not what was written.
+    """
     try:
         return parse_manifest(read_payload(directory, str(directory)), str(directory))
     except Damaged as error:
@@ -187,7 +203,25 @@ def _check_configuration(directory: Path, kind: str) -> None:
         if other.exists():
             hint = f"it holds {other.name}: give its kind, one of {', '.join(names.KINDS)}"
         raise InvalidRequest(f"{directory} has no {required}", hint)
-    _read_object(path)
+    _check_not_sparse(directory, _read_object(path))
+
+
+def _check_not_sparse(directory: Path, config: dict[str, object]) -> None:
+    """Refuse weights in a sparse format: transformers finds none of them and draws random ones.
+
+    compressed-tensors writes such a checkpoint and says so in ``sparsity_config``, on its own or in
+    the configuration of a quantization.
+    """
+    for key in ("compression_config", "quantization_config"):
+        stated = config.get(key)
+        sparsity = stated.get("sparsity_config") if isinstance(stated, dict) else None
+        form = sparsity.get("format") if isinstance(sparsity, dict) else None
+        if form not in (None, "dense"):
+            raise InvalidRequest(
+                f"{directory} holds its weights in the sparse format {form!r}, which transformers "
+                "would pass over and replace with random ones",
+                "decompress it with the tool that wrote it, and import what save_pretrained writes",
+            )
 
 
 def _check_weights(directory: Path, kind: str, found: Iterable[str]) -> None:
@@ -219,15 +253,18 @@ def _is_hidden(path: str) -> bool:
     return any(part.startswith(".") for part in path.split("/"))
 
 
-def _copy(source: Path, target: Path, paths: Iterable[str]) -> None:
+def _copy(source: Path, target: Path, paths: Iterable[str], *, move: bool = False) -> None:
     for path in paths:
         (target / path).parent.mkdir(parents=True, exist_ok=True)
+        if move:
+            (source / path).rename(target / path)
+            continue
         shutil.copyfile(source / path, target / path, follow_symlinks=False)
 
 
-def _check_copy(artifact: Artifact, manifest: Manifest, copy: Path) -> None:
-    for path, entry in manifest.files.items():
-        if hash_file(copy / path) != entry.sha256:
+def _check_copy(artifact: Artifact, paths: Iterable[str], copy: Path) -> None:
+    for path in paths:
+        if hash_file(copy / path) != artifact.manifest.files[path].sha256:
             raise Damaged(
                 f"{path!r} of {artifact.ref} has changed since it was published",
                 f"run 'prufed verify {artifact.ref}'",

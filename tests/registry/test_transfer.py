@@ -141,6 +141,13 @@ def test_importing_a_model(registry, write_model, tmp_path):
         (lambda d: (d / "config.json").unlink(), InvalidRequest, "no config.json"),
         (lambda d: (d / "config.json").write_text("{"), Damaged, "not JSON"),
         (lambda d: (d / "config.json").write_text("[]"), Damaged, "not a JSON object"),
+        (
+            lambda d: (d / "config.json").write_text(
+                '{"quantization_config": {"sparsity_config": {"format": "sparse-bitmask"}}}'
+            ),
+            InvalidRequest,
+            "sparse format 'sparse-bitmask'",
+        ),
         (lambda d: (d / "model.safetensors").unlink(), InvalidRequest, "no safetensors"),
         (lambda d: (d / "model.safetensors").write_bytes(b""), Damaged, "not a whole"),
         (
@@ -167,6 +174,14 @@ def test_directories_that_are_no_sound_model(registry, write_model, tmp_path, sp
     assert caught.value.hint
     assert registry.list() == []
     assert list(registry.root.rglob("model.safetensors")) == []
+
+
+def test_a_sparsity_that_is_stored_densely_is_no_matter(registry, write_model, tmp_path):
+    source = tmp_path / "source"
+    write_model(source)
+    stated = {"quantization_config": {"sparsity_config": {"format": "dense"}}}
+    (source / "config.json").write_text(json.dumps(stated))
+    assert registry.import_directory(source, "tiny").kind == "base"
 
 
 def test_every_truncation_of_the_weights_is_refused(registry, write_model, tmp_path):
