@@ -1,0 +1,104 @@
+"""The published pruning procedure written plainly: what a whole prune of ours is timed against.
+
+The model is loaded whole. Block after block, every matrix gets a Hessian of its own, fed sequence
+by sequence in a loop; each is then pruned by :func:`plain_sparsegpt.plain_sparsegpt`, and the block
+is run once more for the next one (Frantar & Alistarh, https://arxiv.org/abs/2301.00774, §4).
+
+    python plain_pruning.py MODEL TOKENS OUT SPARSITY
+
+prunes the Llama in directory MODEL, calibrated with the token ids (sequences, length) of the
+safetensors file TOKENS, and saves it into OUT.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+from plain_sparsegpt import plain_sparsegpt
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+
+class Hessian:
+    """2·XXᵀ/n over sequences, rescaled as each one comes."""
+
+    def __init__(self, columns: int) -> None:
+        self.matrix = torch.zeros(columns, columns)
+        self.sequences = 0
+
+    def add(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Add the inputs (1, T, columns) of one sequence; a forward hook."""
+        x = inputs[0].reshape(-1, inputs[0].shape[-1]).t().float()
+        self.matrix *= self.sequences / (self.sequences + 1)
+        self.sequences += 1
+        x = (2 / self.sequences) ** 0.5 * x
+        self.matrix += x @ x.t()
+
+
+class FirstInputs(nn.Module):
+    """Stands for the first block and keeps what it is called with."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.hidden: list[Tensor] = []
+        self.arguments: dict[str, Any] = {}
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        """Keep the call and stop the model."""
+        self.hidden.append(hidden_states)
+        self.arguments = arguments
+        raise StopIteration
+
+
+@torch.no_grad()
+def prune(model: Any, tokens: Tensor, sparsity: float) -> None:
+    """Prune a Llama in place; ``tokens`` is (sequences, length)."""
+    blocks = model.model.layers
+    first = FirstInputs(blocks[0])
+    blocks[0] = first
+    for sequence in tokens:
+        try:
+            model(input_ids=sequence[None], use_cache=False)
+        except StopIteration:
+            continue
+    blocks[0] = first.block
+    states = first.hidden
+    for block in blocks:
+        linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+        hessians = {name: Hessian(module.in_features) for name, module in linears.items()}
+        handles = [
+            module.register_forward_hook(hessians[name].add) for name, module in linears.items()
+        ]
+        run = partial(_run, block, first.arguments)
+        for hidden in states:
+            run(hidden)
+        for handle in handles:
+            handle.remove()
+        for name, module in linears.items():
+            weight, _ = plain_sparsegpt(
+                module.weight.float(), hessians[name].matrix, sparsity, exact=False
+            )
+            module.weight.copy_(weight)
+        states = [run(hidden) for hidden in states]
+
+
+def _run(block: nn.Module, arguments: dict[str, Any], hidden: Tensor) -> Tensor:
+    output = block(hidden, **arguments)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def main(model_directory: str, tokens: str, out: str, sparsity: float) -> None:
+    """Load, prune, save."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32).eval()
+    prune(model, load_file(tokens)["tokens"].long(), sparsity)
+    model.to(torch.bfloat16).save_pretrained(out)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3], float(sys.argv[4]))

@@ -1,0 +1,127 @@
+"""A whole SparseGPT prune of a random Llama of 100 M parameters, against the published procedure.
+
+Both load, calibrate, prune and save in a process of their own, on the same token ids. Printed are
+their wall and CPU seconds and peak memory; only the masks' agreement is asserted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+HERE = Path(__file__).parent
+SEQUENCES, LENGTH, SPARSITY = 16, 512, 0.5
+OURS = """
+import sys
+from prufed_cli.pruning import PruneRequest, prune
+
+base, calibration, samples, length, sparsity = sys.argv[1:]
+result = prune(
+    PruneRequest(
+        base=base, sparsity=float(sparsity), calibration=calibration, samples=int(samples),
+        length=int(length), settings={"threshold": "reference"},
+    ),
+    device="cpu",
+)
+print(result.artifact.path)
+"""
+BARE = "import torch, transformers; from transformers import AutoModelForCausalLM, LlamaForCausalLM"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a process printed, its seconds and its peak memory in MiB."""
+
+    output: str
+    wall: float
+    cpu: float
+    peak: float
+
+
+def run(*arguments: str, threads: int, home: Path) -> Run:
+    """Run Python in a process of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PRUFED_HOME": str(home)}
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, text=True, cwd=HERE
+    )
+    output = process.stdout.read() if process.stdout else ""
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    cpu = usage.ru_utime + usage.ru_stime
+    return Run(output.strip(), time.perf_counter() - started, cpu, usage.ru_maxrss / 1024)
+
+
+def make_model(directory: Path) -> None:
+    """Save a random Llama in bfloat16, and a tokenizer of one token per word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8192, hidden_size=768, intermediate_size=2048, num_hidden_layers=12,
+        num_attention_heads=12, num_key_value_heads=12, max_position_embeddings=LENGTH,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(8192)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(directory)
+
+
+def make_text(directory: Path, tokens: Any) -> Path:
+    """Write token ids (sequences, length) as words, and as a tensor for the plain procedure."""
+    from safetensors.torch import save_file
+
+    path = directory / "calibration.txt"
+    path.write_text(" ".join(f"w{token}" for token in tokens.flatten().tolist()))
+    save_file({"tokens": tokens}, directory / "tokens.safetensors")
+    return path
+
+
+def masks(directory: Path) -> dict[str, Any]:
+    """Return which entries of the decoder's matrices are zero."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return {n: p == 0 for n, p in model.named_parameters() if p.dim() == 2 and "layers" in n}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_whole_prune_against_the_published_procedure(threads: int, tmp_path: Path) -> None:
+    base, plain_out = tmp_path / "base", tmp_path / "plain"
+    make_model(base)
+    tokens = torch.randint(0, 8192, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(1))
+    text = make_text(tmp_path, tokens)
+    bare = run("-c", BARE, threads=threads, home=tmp_path)
+    numbers = (str(SEQUENCES), str(LENGTH), str(SPARSITY))
+    ours = run("-c", OURS, str(base), str(text), *numbers, threads=threads, home=tmp_path)
+    plain = run(
+        "plain_pruning.py", str(base), str(tmp_path / "tokens.safetensors"), str(plain_out),
+        str(SPARSITY), threads=threads, home=tmp_path,
+    )  # fmt: skip
+    mine, theirs = masks(Path(ours.output)), masks(plain_out)
+    same = sum(int((mine[name] == theirs[name]).sum()) for name in mine)
+    found = {
+        "threads": threads,
+        "wall": [round(ours.wall, 1), round(plain.wall, 1)],
+        "cpu": [round(ours.cpu, 1), round(plain.cpu, 1)],
+        "peak over bare imports, MiB": [round(one.peak - bare.peak) for one in (ours, plain)],
+        "speed-up, imports included": round(plain.wall / ours.wall, 2),
+        "speed-up, imports excluded": round((plain.wall - bare.wall) / (ours.wall - bare.wall), 2),
+        "agreement": same / sum(mask.numel() for mask in mine.values()),
+    }
+    print(json.dumps(found))
+    assert found["agreement"] > 0.999
