@@ -30,6 +30,9 @@ MASKED_NOTE: Final = (
     "kernels are no faster on them."
 )
 
+_LEFT: Final = "kept"
+"""Begins the note of a matrix that was left as it was."""
+
 SCORE_LABELS: Final[Mapping[str, str]] = {
     "contribution": "1 - cosine",
     "angular": "angle / pi of the run from here",
@@ -46,8 +49,11 @@ class MatrixEntry(BaseModel):
     name: str
     sparsity: float
     error: float | None = None
+    uncorrelated_error: float | None = None
     dead_channels: float | None = None
     damping: float | None = None
+    damping_retries: float | None = None
+    partial_group: float | None = None
     excluded: float | None = None
     unrouted: float | None = None
 
@@ -99,16 +105,18 @@ class ReportRow:
         shape: (rows, columns) as stored; None where it is not known, or of a block.
         sparsity: share of the entries that are gone.
         error: squared error of the output relative to its energy; a block's is the mean.
+        uncorrelated_error: what that would be were the inputs uncorrelated.
         dead_channels: inputs that were zero on every calibration token.
         damping: a block's is the largest.
         seconds: spent on it.
-        note: why it was left as it is.
+        note: what else there is to say; of a block, how many matrices were left as they are.
     """
 
     label: str
     shape: tuple[int, ...] | None
     sparsity: float
     error: float | None
+    uncorrelated_error: float | None
     dead_channels: float | None
     damping: float | None
     seconds: float | None
@@ -196,6 +204,7 @@ def matrix_rows(
             shape=shapes.get(matrix.name),
             sparsity=matrix.sparsity,
             error=matrix.error,
+            uncorrelated_error=matrix.uncorrelated_error,
             dead_channels=matrix.dead_channels,
             damping=matrix.damping,
             seconds=seconds.get(matrix.name),
@@ -207,8 +216,15 @@ def matrix_rows(
 
 def _note(matrix: MatrixEntry) -> str:
     if matrix.unrouted:
-        return "kept: no calibration token was routed to it"
-    return "kept: excluded" if matrix.excluded else ""
+        return f"{_LEFT}: no calibration token was routed to it"
+    if matrix.excluded:
+        return f"{_LEFT}: excluded"
+    said = []
+    if matrix.damping_retries:
+        said.append(f"{10**matrix.damping_retries:g} times the damping asked for")
+    if matrix.partial_group:
+        said.append(f"the last group has {matrix.partial_group:.0f} columns")
+    return "; ".join(said)
 
 
 def block_rows(rows: Sequence[ReportRow]) -> list[ReportRow]:
@@ -231,13 +247,13 @@ def _by_block(rows: Sequence[ReportRow]) -> list[tuple[int | None, list[ReportRo
 
 
 def _together(block: int | None, rows: Sequence[ReportRow]) -> ReportRow:
-    errors = _known(row.error for row in rows)
-    kept = sum(bool(row.note) for row in rows)
+    kept = sum(row.note.startswith(_LEFT) for row in rows)
     return ReportRow(
         label=f"block {block} ({len(rows)} matrices)",
         shape=None,
         sparsity=_mean_sparsity(rows),
-        error=sum(errors) / len(errors) if errors else None,
+        error=_mean(row.error for row in rows),
+        uncorrelated_error=_mean(row.uncorrelated_error for row in rows),
         dead_channels=_total(row.dead_channels for row in rows),
         damping=max(_known(row.damping for row in rows), default=None),
         seconds=_total(row.seconds for row in rows),
@@ -265,6 +281,11 @@ def _known(values: Iterable[float | None]) -> list[float]:
     return [value for value in values if value is not None]
 
 
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = _known(values)
+    return sum(known) / len(known) if known else None
+
+
 def _total(values: Iterable[float | None]) -> float | None:
     known = _known(values)
     return sum(known) if known else None
@@ -277,6 +298,7 @@ def row_table(rows: Sequence[ReportRow]) -> tuple[list[str], list[list[str]]]:
         ("shape", ["x".join(map(str, row.shape)) if row.shape else "" for row in rows]),
         ("sparsity", [f"{row.sparsity:.4%}" for row in rows]),
         ("error", [_number(row.error, ".3g") for row in rows]),
+        ("uncorrelated error", [_number(row.uncorrelated_error, ".3g") for row in rows]),
         ("dead channels", [_number(row.dead_channels, ".0f") for row in rows]),
         ("damping", [_number(row.damping, "g") for row in rows]),
         ("seconds", [_number(row.seconds, ".2f") for row in rows]),

@@ -307,6 +307,29 @@ def test_a_mixture_is_pruned_from_end_to_end(
     assert torch.isfinite(model(ids).logits).all()
 
 
+def test_experts_that_no_token_reaches_are_kept_and_reported(
+    prufed: Callable[..., str], tmp_path: Path
+) -> None:
+    directory = tmp_path / "wide"
+    make_mixture("mixtral", vocab_size=2048, num_local_experts=8).save_pretrained(directory)
+    for file in embedded_model().glob("tokenizer*"):
+        shutil.copy(file, directory)
+    reference = prufed(
+        *("prune", "--base", str(directory), "--method", "wanda", "--sparsity", "0.5"),
+        *("--samples", "1", "--length", "2", "--dtype", "float32"),
+    )
+    before, after = stored(directory), stored(open_registry().resolve(reference).path)
+    experts = {name: bool((tensor == 0).any()) for name, tensor in after.items() if "w1" in name}
+    kept = [name for name, pruned in experts.items() if not pruned]
+    assert len(kept) >= 3 * (8 - 2 * 2)  # two tokens, two experts each, in three blocks
+    assert len(kept) < len(experts)
+    for name in kept:
+        assert torch.equal(after[name], before[name])
+    lines = prufed("show", reference, "--all").splitlines()
+    said = [line.split()[0] for line in lines if "no calibration token was routed to it" in line]
+    assert sorted(name for name in said if "w1" in name) == sorted(kept)
+
+
 @torch.no_grad()
 def test_layers_of_a_mixture_are_dropped_from_end_to_end(
     prufed: Callable[..., str], base: Path, ids: Tensor

@@ -82,6 +82,37 @@ def test_a_row_per_matrix(show: Show) -> None:
     assert "damping" not in out
 
 
+def test_what_else_a_method_reports(show: Show) -> None:
+    entries = [
+        {"name": "h.0.a.weight", "sparsity": 0.5, "uncorrelated_error": 0.125},
+        {"name": "h.0.b.weight", "sparsity": 0.5, "damping": 0.1, "damping_retries": 1.0},
+        {"name": "h.0.c.weight", "sparsity": 0.5, "partial_group": 4.0},
+        {"name": "h.0.d.weight", "sparsity": 0.0, "excluded": 1.0},
+    ]
+    made = publish({"result": "masked", "matrices": entries})
+    _, out, _ = show(made.ref, "--report")
+    rows = cells(out)
+    assert rows[0] == ["matrix", "sparsity", "uncorrelated", "error", "damping"]
+    assert rows[2] == ["h.0.a.weight", "50.0000%", "0.125"]
+    assert rows[3] == [
+        "h.0.b.weight",
+        "50.0000%",
+        "0.1",
+        "10",
+        "times",
+        "the",
+        "damping",
+        "asked",
+        "for",
+    ]
+    assert rows[4] == ["h.0.c.weight", "50.0000%", "the", "last", "group", "has", "4", "columns"]
+    assert rows[5] == ["h.0.d.weight", "0.0000%", "kept:", "excluded"]
+    (block,) = block_rows(
+        matrix_rows(parse_report({"result": "masked", "matrices": entries}, "x"), {}, {})
+    )
+    assert block.note == "1 kept as they are"
+
+
 def test_it_does_not_promise_speed(show: Show) -> None:
     made = publish({"result": "masked", "matrices": MATRICES})
     _, out, _ = show(made.ref, "--report")
@@ -263,6 +294,16 @@ def test_a_figure_of_matrices(show: Show, tmp_path: Path) -> None:
     for text in ("relative squared error", "sparsity", "up", "down", "mlp.experts.*.w1"):
         assert f">{text}<" in figure, text
     assert "experts.0" not in figure
+
+
+def test_a_figure_of_a_method_that_knows_no_correlations(show: Show, tmp_path: Path) -> None:
+    entry = {"name": "h.0.a.weight", "sparsity": 0.5, "uncorrelated_error": 0.125}
+    made = publish({"result": "masked", "matrices": [entry]})
+    assert show(made.ref, "--plot", str(tmp_path / "figure.svg"))[0] == 0
+    assert (
+        ">relative squared error, were the inputs uncorrelated<"
+        in (tmp_path / "figure.svg").read_text()
+    )
 
 
 def test_a_figure_as_png(show: Show, tmp_path: Path) -> None:
