@@ -1,10 +1,10 @@
 """Time our SparseGPT and the plainly written one on one matrix, factorization included.
 
-    python time_sparsegpt.py SIZE THREADS TARGET
+    python time_sparsegpt.py ROWS COLUMNS THREADS TARGET
 
 TARGET is a sparsity or n:m. Prints one JSON object: wall and CPU seconds of each, and how far their
-masks agree. It runs in a
-process of its own, since the number of threads has to be set before the first product.
+masks agree. It runs in a process of its own, since the number of threads has to be set before the
+first product.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from prufed_plugins.pruners.hessian import factorize
 from prufed_plugins.pruners.sparsegpt import choose
 
 
-def problem(size: int) -> tuple[Tensor, Tensor]:
-    """Return a weight and a correlated, well-conditioned Hessian, both (size, size)."""
+def problem(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Return a weight (rows, columns) and a correlated, well-conditioned Hessian of its inputs."""
     generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(size // 4, size, generator=generator)
-    hessian = inputs.t() @ inputs / (size // 4) + 0.5 * torch.eye(size)
-    return 0.02 * torch.randn(size, size, generator=generator), hessian
+    inputs = torch.randn(columns // 4, columns, generator=generator)
+    hessian = inputs.t() @ inputs / (columns // 4) + 0.5 * torch.eye(columns)
+    return 0.02 * torch.randn(rows, columns, generator=generator), hessian
 
 
 def timed(run: Callable[[], Any]) -> tuple[Any, float, float]:
@@ -39,10 +39,11 @@ def timed(run: Callable[[], Any]) -> tuple[Any, float, float]:
     return result, time.perf_counter() - wall, time.process_time() - cpu
 
 
-def compare(size: int, target: PruneTarget) -> dict[str, float]:
+def compare(rows: int, columns: int, target: PruneTarget) -> dict[str, float]:
     """Time both on the same problem."""
-    weight, hessian = problem(size)
-    ours, wall, cpu = timed(lambda: choose(weight, factorize(hessian.clone(), 0.01), target))
+    weight, hessian = problem(rows, columns)
+    taken = hessian.clone()
+    ours, wall, cpu = timed(lambda: choose(weight, factorize(taken, 0.01), target))
     (_, pruned), plain_wall, plain_cpu = timed(
         lambda: plain_sparsegpt(weight, hessian, target.sparsity or 0.0, target.pattern)
     )
@@ -63,12 +64,12 @@ def parse(target: str) -> PruneTarget:
     return PruneTarget(pattern=(int(n), int(m)))
 
 
-def main(size: int, threads: int, target: PruneTarget) -> None:
+def main(rows: int, columns: int, threads: int, target: PruneTarget) -> None:
     """Warm up on a small problem, then print the comparison."""
     torch.set_num_threads(threads)
-    compare(256, target)
-    print(json.dumps(compare(size, target)))
+    compare(256, 256, target)
+    print(json.dumps(compare(rows, columns, target)))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), parse(sys.argv[3]))
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), parse(sys.argv[4]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import ModuleType
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from prufed_cli.models.decoder import open_decoder
 from prufed_plugins.api import PruneTarget
+from prufed_plugins.discover import build
 from prufed_plugins.pruners import magnitude, sparsegpt, wanda
 from prufed_plugins.pruners.hessian import InputHessian, InputNorms, factorize
 from prufed_plugins.pruners.selection import pruned_count
@@ -45,7 +48,7 @@ def test_masks_and_weights_agree(plain: ModuleType, target: PruneTarget, thresho
         128 // m * m,
         exact=threshold == "exact",
     )
-    choice = sparsegpt.choose(weight, factorize(hessian, 0.01), target, threshold=threshold)
+    choice = sparsegpt.choose(weight, factorize(hessian.clone(), 0.01), target, threshold=threshold)
     agreement = float((choice.pruned == pruned).float().mean())
     assert agreement >= 0.9999
     found = weight if choice.weight is None else choice.weight.masked_fill(choice.pruned, 0.0)
@@ -63,7 +66,7 @@ def test_the_published_count_is_one_more_per_block_even_at_sparsity_zero(
     for sparsity in (0.0, 0.5):
         choice = sparsegpt.choose(
             weight,
-            factorize(hessian, 0.01),
+            factorize(hessian.clone(), 0.01),
             PruneTarget(sparsity=sparsity),
             threshold="reference",
         )
@@ -101,3 +104,57 @@ def test_magnitude_and_wanda_choose_what_the_published_code_chooses(
     )
     exact = magnitude.choose(weight, target)
     assert int(exact.sum()) == pruned_count(sparsity, weight.numel())
+
+
+@torch.no_grad()
+def plainly_pruned(
+    plain: ModuleType, model: Any, ids: Tensor, target: PruneTarget, *, exact: bool
+) -> dict[str, Tensor]:
+    """Prune a model in place, sequence by sequence and matrix by matrix; return what went."""
+    decoder = open_decoder(model)
+    states = decoder.embed(list(ids.split(1)))
+    gone = {}
+    for index in range(len(decoder.blocks)):
+        hessians: dict[str, Tensor] = {}
+
+        def collect(name: str, inputs: Tensor, found: dict[str, Tensor] = hessians) -> None:
+            x = inputs.reshape(-1, inputs.shape[-1])
+            found[name] = found.get(name, 0.0) + x.t() @ x * (2.0 / ids.numel())
+
+        handles = [
+            module.register_forward_pre_hook(lambda _, args, name=name: collect(name, args[0]))
+            for name, module in decoder.linears(index).items()
+        ]
+        for hidden, arguments in states:
+            decoder.run_block(index, hidden, arguments)
+        for handle in handles:
+            handle.remove()
+        for name, module in decoder.linears(index).items():
+            weight, gone[name] = plain.plain_sparsegpt(
+                module.weight.data, hessians[name], target.sparsity, target.pattern, exact=exact
+            )
+            module.weight.data.copy_(weight)
+        states = [(decoder.run_block(index, one, given), given) for one, given in states]
+    return gone
+
+
+@pytest.mark.parametrize("threshold", ["exact", "reference"])
+@pytest.mark.parametrize("target", [PruneTarget(sparsity=0.5), PruneTarget(pattern=(2, 4))])
+def test_whole_models_agree(
+    plain: ModuleType, llama: Any, target: PruneTarget, threshold: str
+) -> None:
+    ids = torch.randint(0, 97, (8, 32), generator=torch.Generator().manual_seed(5))
+    other = copy.deepcopy(llama)
+    expected = plainly_pruned(plain, other, ids, target, exact=threshold == "exact")
+    pruner = build("pruner", "sparsegpt", {"threshold": threshold})
+    results = pruner.prune(open_decoder(llama), list(ids.split(3)), target, lambda *_: None)
+    same = entries = 0
+    for result in results:
+        same += int((~result.mask == expected[result.name.removesuffix(".weight")]).sum())
+        entries += result.mask.numel()
+    assert same / entries >= 0.9999
+    with torch.no_grad():
+        expected_logits, logits = other(ids).logits, llama(ids).logits
+    assert float((logits - expected_logits).abs().max()) <= 1e-3 * float(
+        expected_logits.abs().max()
+    )

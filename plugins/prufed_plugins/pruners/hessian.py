@@ -20,6 +20,11 @@ PANELS: Final = 8
 
 LARGEST_DAMPING: Final = 1.0
 
+WIDE: Final = 512
+NARROW: Final = 128
+"""Columns that a product of the factorization updates: the wide ones run at full speed, the narrow
+ones keep what lies between them small."""
+
 
 class InputNorms:
     """‖X_v‖₂ of every input channel v, as Wanda uses it (2306.11695, eq. 1).
@@ -76,20 +81,19 @@ class InputHessian:
     def matrix(self) -> Tensor:
         """Return H, (columns, columns), symmetric and undamped."""
         hessian = self._sum * (2.0 / self.tokens)
-        for start, end in _panels(self.columns):
-            hessian[end:, start:end] = hessian[start:end, end:].t()
+        _mirror(hessian)
         return hessian
 
     @cached_property
     def factor(self) -> Factor:
-        """The damped H as R·Rᵀ; the accumulated sum is released.
+        """The damped H as R·Rᵀ, in the memory of the accumulated sum.
 
         Raises:
             MethodError: H is not positive definite even with a damping of 1.
         """
-        reversed_ = self._sum.mul_(2.0 / self.tokens).flip(0, 1)
+        hessian = self._sum.mul_(2.0 / self.tokens)
         del self._sum
-        return _factorize_reversed(reversed_, self.damping)
+        return factorize(hessian, self.damping)
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ class Factor:
     """R upper triangular with H + λI = R·Rᵀ, so that R⁻¹ is the Cholesky factor U of H⁻¹.
 
     Attributes:
-        upper: R, (columns, columns).
+        upper: R, (columns, columns); what lies below the diagonal does not belong to it.
         dead: bool (columns,): channels that were zero on every token; H_jj is 1 there.
         damping: the share of the mean diagonal that was added in the end.
         added: λ, what that share came to.
@@ -114,41 +118,87 @@ class Factor:
 def factorize(hessian: Tensor, damping: float) -> Factor:
     """Factor a Hessian as R·Rᵀ with R upper, raising the damping tenfold while that fails.
 
-    R is the reversed Cholesky factor of the reversed matrix, so no inverse is ever formed.
-
     Args:
-        hessian: (columns, columns), symmetric; only the triangle above the diagonal is read.
+        hessian: (columns, columns), symmetric; only the triangle above the diagonal is read. It is
+            overwritten: with R above the diagonal, and below with itself, for the next attempt.
         damping: share of the mean diagonal to add at first.
 
     Raises:
         MethodError: not positive definite even with a damping of 1.
     """
-    return _factorize_reversed(hessian.flip(0, 1), damping)
-
-
-def _factorize_reversed(matrix: Tensor, damping: float) -> Factor:
-    """Factor a Hessian whose rows and columns come in reverse order; it is overwritten."""
-    diagonal = matrix.diagonal()
+    _mirror(hessian)
+    diagonal = hessian.diagonal().clone()
     dead = diagonal == 0
     diagonal[dead] = 1.0
     scale = float(diagonal.mean())
-    added = 0.0
     retries = 0
     while True:
-        diagonal += damping * scale - added
         added = damping * scale
-        # an upper factor of the transpose: LAPACK takes and gives it without a transposed copy
-        upper, failed = torch.linalg.cholesky_ex(matrix.mT, upper=True)
-        if not int(failed):
-            return Factor(upper.mT.flip(0, 1), dead.flip(0), damping, added, retries)
+        hessian.diagonal().copy_(diagonal + added)
+        if _eliminate(hessian):
+            return Factor(hessian, dead, damping, added, retries)
         if damping >= LARGEST_DAMPING:
             raise MethodError(
-                f"the {matrix.shape[0]}×{matrix.shape[0]} Hessian of the calibration inputs is "
+                f"the {hessian.shape[0]}×{hessian.shape[0]} Hessian of the calibration inputs is "
                 f"not positive definite even with a damping of {damping:g}",
                 "calibrate with more text, or use --method wanda, which needs no factorization",
             )
         damping = min(damping * 10, LARGEST_DAMPING)
         retries += 1
+        _mirror(hessian.t())
+
+
+def _eliminate(matrix: Tensor) -> bool:
+    """Overwrite the upper triangle of a symmetric matrix with R, where matrix = R·Rᵀ.
+
+    The Cholesky factorization from the last columns to the first. It is left-looking: a column
+    takes what all later ones subtract from it in one product per wide panel, and then per narrow
+    one, so that nearly all of the work is large products.
+
+    Returns:
+        Whether the matrix is positive definite; if not, its upper triangle is spoilt.
+    """
+    columns = matrix.shape[0]
+    for panel in _backwards(0, columns, WIDE):
+        _subtract(matrix, panel, columns)
+        for part in _backwards(panel.start, panel.stop, NARROW):
+            _subtract(matrix, part, panel.stop)
+            corner = matrix[part, part]
+            lower, failed = torch.linalg.cholesky_ex(corner.flip(0, 1))
+            if int(failed):
+                return False
+            corner.copy_(lower.flip(0, 1) + corner.tril(-1))
+            above = matrix[: part.start, part]
+            above.copy_(above @ inverse_of_upper(corner).t())
+    return True
+
+
+def _subtract(matrix: Tensor, part: slice, done: int) -> None:
+    """Subtract from some columns what the finished ones between them and ``done`` account for."""
+    if part.stop < done:
+        rows = matrix[part, part.stop : done]
+        matrix[: part.stop, part].addmm_(matrix[: part.stop, part.stop : done], rows.t(), alpha=-1)
+
+
+def inverse_of_upper(upper: Tensor) -> Tensor:
+    """Return the inverse of an upper triangular matrix; what lies below is not read."""
+    identity = torch.eye(upper.shape[0], dtype=upper.dtype, device=upper.device)
+    inverse: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
+    return inverse
+
+
+def _backwards(start: int, stop: int, width: int) -> Iterator[slice]:
+    """Cut a range from its end into slices of ``width``, the first of them the remainder."""
+    for end in range(stop, start, -width):
+        yield slice(max(end - width, start), end)
+
+
+def _mirror(matrix: Tensor) -> None:
+    """Copy the upper triangle onto the lower one, in place."""
+    for part in _backwards(0, matrix.shape[0], WIDE):
+        matrix[part.stop :, part] = matrix[part, part.stop :].t()
+        corner = matrix[part, part]
+        corner.copy_(corner.triu() + corner.triu(1).t())
 
 
 def _panels(columns: int) -> Iterator[tuple[int, int]]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from prufed_plugins.pruners.hessian import Factor, InputHessian
+from prufed_plugins.pruners.hessian import Factor, InputHessian, inverse_of_upper
 from prufed_plugins.pruners.matrices import Choice
 from prufed_plugins.pruners.selection import (
     at_most_threshold,
@@ -31,11 +31,16 @@ from prufed_plugins.pruners.selection import (
 from prufed_plugins.pruners.sequential import ElementPruner
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
     from prufed_plugins.api import PruneTarget
     from prufed_plugins.params import SparseGPTParams, Threshold
     from prufed_plugins.pruners.collecting import Observed
+
+PANEL: Final = 512
+"""Columns that take the errors of all earlier ones by one product, large enough for full speed."""
 
 GATHERED: Final = 16
 """Columns that take the errors of earlier ones by one product before they go one by one."""
@@ -124,23 +129,26 @@ def choose(
     if wiped is not None:
         values.masked_fill_(wiped[:, None], 0.0)
     pruned = torch.empty_like(values, dtype=torch.bool)
-    change = torch.zeros_like(values)  # D
+    # D of the finished columns; of the others, what the finished ones push onto them: Rᵀ·D
+    change = torch.empty_like(values)
     costs = torch.zeros_like(factor.upper[0])
-    for start in range(0, values.shape[0], width):
-        part = slice(start, min(start + width, values.shape[0]))
-        inverse = _inverse(factor.upper[part, part])  # U_BB
-        pushed = factor.upper[:start, part].t() @ change[:start]
-        current = torch.addmm(values[part], inverse.t(), pushed)
-        rule = _Rule(
-            target,
-            threshold,
-            None if dead is None else dead[part, None],
-            None if forced is None else forced[:, part].t(),
-        )
-        errors, pruned[part] = _prune_block(current, inverse, rule)
-        torch.sub(values[part], current, out=change[part])
-        values[part] = current
-        costs[part] = _squares(errors)
+    for panel in _forwards(0, values.shape[0], max(PANEL // width, 1) * width):
+        torch.mm(factor.upper[: panel.start, panel].t(), change[: panel.start], out=change[panel])
+        for part in _forwards(panel.start, panel.stop, width):
+            pushed, done = change[part], slice(panel.start, part.start)
+            pushed.addmm_(factor.upper[done, part].t(), change[done])
+            inverse = inverse_of_upper(factor.upper[part, part])  # U_BB
+            current = torch.addmm(values[part], inverse.t(), pushed)
+            rule = _Rule(
+                target,
+                threshold,
+                None if dead is None else dead[part, None],
+                None if forced is None else forced[:, part].t(),
+            )
+            errors, pruned[part] = _prune_block(current, inverse, rule)
+            torch.sub(values[part], current, out=pushed)
+            values[part] = current
+            costs[part] = _squares(errors)
     costs -= factor.added * _squares(change)
     report = {"damping": factor.damping, "dead_channels": float(factor.dead.sum())}
     if factor.retries:
@@ -230,15 +238,14 @@ def _prune_columns(current: Tensor, inverse: Tensor, pruned: Tensor, errors: Ten
         error /= diagonal[index]
 
 
+def _forwards(start: int, stop: int, width: int) -> Iterator[slice]:
+    for first in range(start, stop, width):
+        yield slice(first, min(first + width, stop))
+
+
 def _block_width(block_size: int, target: PruneTarget) -> int:
     """Return the block size, as a multiple of m where there is a pattern."""
     if target.pattern is None:
         return block_size
     m = target.pattern[1]
     return max(block_size // m, 1) * m
-
-
-def _inverse(upper: Tensor) -> Tensor:
-    identity = torch.eye(upper.shape[0], dtype=upper.dtype, device=upper.device)
-    inverse: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
-    return inverse
