@@ -163,7 +163,7 @@ def smallest_of_groups(scores: Tensor, pattern: tuple[int, int]) -> Tensor:
 def smallest_members(members: Tensor, count: int) -> Tensor:
     """Mark the ``count`` smallest members of each group.
 
-    In the small groups of hardware patterns, ranks are counted by comparing members pairwise, which
+    In the small groups of hardware patterns the threshold comes from comparing whole members, which
     is many times faster than sorting millions of tiny groups.
 
     Args:
@@ -176,9 +176,30 @@ def smallest_members(members: Tensor, count: int) -> Tensor:
     size = members.shape[0]
     if size > COMPARED:
         return smallest(members.t().contiguous(), count).t()
+    if members.device.type == "cpu":  # elsewhere, asking for ties would wait for the device
+        chosen = members <= _kth_member(members, count)
+        if int(chosen.sum()) == count * members.shape[1]:
+            return chosen
+    return _ranks(members) < count
+
+
+def _kth_member(members: Tensor, count: int) -> Tensor:
+    """Return the ``count``-th smallest member of each group, (groups,), by insertion."""
+    lowest: list[Tensor] = []
+    for member in members.unbind():
+        rest = member
+        for place, held in enumerate(lowest):
+            lowest[place], rest = torch.minimum(held, rest), torch.maximum(held, rest)
+        if len(lowest) < count:
+            lowest.append(rest)
+    return lowest[-1]
+
+
+def _ranks(members: Tensor) -> Tensor:
+    """Return each member's rank in its group, int8 (m, groups), the lower index first in a tie."""
     ranks = torch.zeros_like(members, dtype=torch.int8)
-    for later in range(1, size):
+    for later in range(1, members.shape[0]):
         loses = members[:later] <= members[later]  # (later, groups): the earlier index goes first
         ranks[later] += loses.view(torch.int8).sum(dim=0, dtype=torch.int8)
         ranks[:later] += loses.logical_not_().view(torch.int8)
-    return ranks < count
+    return ranks

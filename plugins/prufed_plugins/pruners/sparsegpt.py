@@ -15,6 +15,8 @@ comes instead of being rewritten after every one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -31,8 +33,6 @@ from prufed_plugins.pruners.selection import (
 from prufed_plugins.pruners.sequential import ElementPruner
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
 
     from prufed_plugins.api import PruneTarget
@@ -145,7 +145,8 @@ def choose(
                 None if dead is None else dead[part, None],
                 None if forced is None else forced[:, part].t(),
             )
-            errors, pruned[part] = _prune_block(current, inverse, rule)
+            with _one_thread():
+                errors, pruned[part] = _prune_block(current, inverse, rule)
             torch.sub(values[part], current, out=pushed)
             values[part] = current
             costs[part] = _squares(errors)
@@ -159,6 +160,17 @@ def choose(
         return Choice(pruned.t(), squared_error=0.0, report=report)
     squared_error = max(float(costs[~factor.dead].sum()) / 2, 0.0)
     return Choice(pruned.t(), values.t(), squared_error, report)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Run what is many small steps on one thread: waking others costs more than they give."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _prune_block(current: Tensor, inverse: Tensor, rule: _Rule) -> tuple[Tensor, Tensor]:
