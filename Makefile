@@ -13,7 +13,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make check   ruff and mypy"
 	@echo "make docs    write the generated pages of docs/ again"
-	@echo "make bench   run the benchmarks"
+	@echo "make bench   run the benchmarks; FULL=1 takes the largest matrices too"
 	@echo "make clean   remove the virtual environment and caches"
 
 $(INSTALLED): pyproject.toml
@@ -42,7 +42,7 @@ docs: $(INSTALLED)
 	$(BIN)/python tests/docs/generate.py
 
 bench: $(INSTALLED)
-	$(BIN)/python -m pytest tests/benchmarks -q -s
+	BENCH_FULL=$(FULL) $(BIN)/python -m pytest tests/benchmarks -q -s
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
