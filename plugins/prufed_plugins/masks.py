@@ -238,9 +238,14 @@ def save_masks(path: Path, masks: Mapping[str, Tensor]) -> None:
     """
     names = sorted(masks)
     shapes = {name: list(masks[name].shape) for name in names}
+    save_file({name: pack(masks[name]) for name in names}, path, metadata=mask_metadata(shapes))
+
+
+def mask_metadata(shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """Return the metadata of a mask file that holds masks of these shapes."""
+    stated = {name: list(shape) for name, shape in shapes.items()}
     # safetensors does not order metadata entries: with one entry there is one order
-    metadata = {METADATA_KEY: json.dumps({"layout": _LAYOUT, "shapes": shapes}, sort_keys=True)}
-    save_file({name: pack(masks[name]) for name in names}, path, metadata=metadata)
+    return {METADATA_KEY: json.dumps({"layout": _LAYOUT, "shapes": stated}, sort_keys=True)}
 
 
 class MaskFile(Mapping[str, Tensor]):
@@ -264,6 +269,11 @@ class MaskFile(Mapping[str, Tensor]):
                 f"{path} and its stated shapes differ in {', '.join(odd[:3])}",
                 "prune the base again",
             )
+
+    @property
+    def shapes(self) -> Mapping[str, Sequence[int]]:
+        """The shape of every mask."""
+        return self._shapes
 
     def __getitem__(self, name: str) -> Tensor:
         shape = self._shapes[name]

@@ -102,11 +102,11 @@ def measure_perplexity(
     import torch
 
     length = window or model_window(model)
-    tokens = _tokenize(tokenizer, text)
+    tokens = tokenize(tokenizer, text)
     check_token_ids(model, int(tokens.max()))
     total = torch.zeros((), dtype=torch.float64)
     rows = _rows_per_batch(model, length, batch_size)
-    batches = list(_windows(tokens, length, rows))
+    batches = list(windows(tokens, length, rows))
     with reporter.task(f"perplexity on {text.path.name}", total=len(batches)) as task:
         for batch in batches:
             total += _negative_log_likelihood(model, batch)
@@ -143,7 +143,12 @@ def check_token_ids(model: PreTrainedModel, largest: int) -> None:
         )
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, text: TextFile) -> Tensor:
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: TextFile) -> Tensor:
+    """Return the tokens (n,) of a text, at least two.
+
+    Raises:
+        PrufedError: there are fewer.
+    """
     import torch
 
     tokens: Sequence[int] = tokenizer(text.text, verbose=False)["input_ids"]
@@ -161,7 +166,7 @@ def _rows_per_batch(model: PreTrainedModel, length: int, batch_size: int | None)
     return batch_size or max(1, _LOGITS_BUDGET // (length * vocabulary))
 
 
-def _windows(tokens: Tensor, length: int, rows: int) -> Iterator[Tensor]:
+def windows(tokens: Tensor, length: int, rows: int) -> Iterator[Tensor]:
     """Yield batches of (rows, length + 1) tokens; neighbours share one token, the tail is short."""
     import torch
 

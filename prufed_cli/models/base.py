@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -249,7 +249,7 @@ def load_model(
             f"{artifact.ref} cannot be opened as a causal language model: {first_line(error)}",
             f"`prufed verify {artifact.ref}` checks its files",
         ) from error
-    _check_complete(artifact, loading)
+    check_complete(artifact.ref, loading["mismatched_keys"], loading["missing_keys"])
     if where.type == "cpu":
         share_cores(model.num_parameters())
     model.eval().requires_grad_(False)
@@ -257,23 +257,35 @@ def load_model(
     return loaded
 
 
-def _check_complete(artifact: Artifact, loading: Mapping[str, Any]) -> None:
-    """Refuse weights that transformers would fill up with random numbers."""
+def check_complete(
+    ref: str,
+    mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]],
+    missing: Iterable[str],
+) -> None:
+    """Refuse weights that transformers would fill up with random numbers.
+
+    Args:
+        ref: what to call the model.
+        mismatched: name, shape on disk and shape by config.json of each weight that differs.
+        missing: names of the weights that are not on disk.
+
+    Raises:
+        PrufedError: there are any.
+    """
     from prufed_cli.errors import INTEGRITY
 
-    hint = f"compare its config.json with its weights; `prufed show {artifact.ref}` lists both"
-    for name, stored, wanted in sorted(loading["mismatched_keys"]):
+    hint = f"compare its config.json with its weights; `prufed show {ref}` lists both"
+    for name, stored, wanted in sorted(mismatched):
         raise PrufedError(
-            f"{artifact.ref}: {name} is stored as {list(stored)}, but config.json makes it "
-            f"{list(wanted)}",
+            f"{ref}: {name} is stored as {list(stored)}, but config.json makes it {list(wanted)}",
             hint,
             INTEGRITY,
         )
-    missing = sorted(loading["missing_keys"])
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    absent = sorted(missing)
+    if absent:
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         raise PrufedError(
-            f"{artifact.ref} lacks weights that its config.json speaks of: {missing[0]}{more}",
+            f"{ref} lacks weights that its config.json speaks of: {absent[0]}{more}",
             hint,
             INTEGRITY,
         )

@@ -48,8 +48,8 @@ class ModelDecoder:
         self.prefix = prefix
         self.start = 0
         self.dtype = dtype
-        self.blocks: Sequence[nn.Module] = list(_stack(model, prefix))
-        self._linears = [_linears(block, f"{prefix}.{i}") for i, block in enumerate(self.blocks)]
+        self.blocks: Sequence[nn.Module] = list(stack_of(model, prefix))
+        self._linears = [linears_of(block, f"{prefix}.{i}") for i, block in enumerate(self.blocks)]
         self._tuples = _return_tuples(model, self.blocks)
 
     def linears(self, index: int) -> Mapping[str, nn.Module]:
@@ -58,7 +58,7 @@ class ModelDecoder:
 
     def shapes(self, index: int) -> Mapping[str, tuple[int, int]]:
         """Return (outputs, inputs) of the matrices of block ``index``."""
-        return {name: _shape(module) for name, module in self._linears[index].items()}
+        return {name: shape_of(module) for name, module in self._linears[index].items()}
 
     def embed(self, batches: Sequence[Tensor]) -> list[tuple[Tensor, dict[str, Any]]]:
         """Return what the first block receives for each batch (B, T), and the blocks' arguments.
@@ -78,8 +78,8 @@ class ModelDecoder:
             calls.append(BlockCall(rest, kwargs))
             return (hidden,) if self._tuples else hidden
 
-        with _replaced_forwards(self.blocks, record):
-            _run_stack(self._model, batch)
+        with replaced_forwards(self.blocks, record):
+            run_stack(self._model, batch)
         return first[0], {ARGUMENTS: calls}
 
     def run_block(self, index: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -126,7 +126,7 @@ def find_stack(model: PreTrainedModel) -> str:
     for path, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or len(module) != config.num_hidden_layers:
             continue
-        if len({type(block) for block in module}) == 1 and _linears(module[0], ""):
+        if len({type(block) for block in module}) == 1 and linears_of(module[0], ""):
             for index, block in enumerate(module):
                 _check_matrices(name, f"{path}.{index}", block)
             return path
@@ -134,7 +134,7 @@ def find_stack(model: PreTrainedModel) -> str:
 
 
 def _check_matrices(architecture: str, path: str, block: nn.Module) -> None:
-    known = {id(linear.get_parameter("weight")) for linear in _linears(block, "").values()}
+    known = {id(linear.get_parameter("weight")) for linear in linears_of(block, "").values()}
     routers = router_names(block)
     for name, parameter in block.named_parameters():
         if parameter.dim() >= 2 and id(parameter) not in known and not _below(name, routers):
@@ -151,7 +151,8 @@ def _unsupported(architecture: str, reason: str) -> PrufedError:
     )
 
 
-def _linears(block: nn.Module, prefix: str) -> dict[str, nn.Module]:
+def linears_of(block: nn.Module, prefix: str) -> dict[str, nn.Module]:
+    """Return the linear modules of a block by their full name."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -167,14 +168,16 @@ def _below(name: str, modules: set[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-def _shape(module: nn.Module) -> tuple[int, int]:
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """Return (outputs, inputs) of a linear module."""
     from torch import nn
 
     first, second = module.get_parameter("weight").shape
     return (first, second) if isinstance(module, nn.Linear) else (second, first)
 
 
-def _stack(model: PreTrainedModel, prefix: str) -> nn.ModuleList:
+def stack_of(model: PreTrainedModel, prefix: str) -> nn.ModuleList:
+    """Return the stack of decoder blocks at a module path."""
     from torch import nn
 
     stack = model.get_submodule(prefix)
@@ -182,7 +185,7 @@ def _stack(model: PreTrainedModel, prefix: str) -> nn.ModuleList:
     return stack
 
 
-def _run_stack(model: PreTrainedModel, batch: Tensor) -> None:
+def run_stack(model: PreTrainedModel, batch: Tensor) -> None:
     """Run the model below its language-model head, whose logits nobody needs."""
     import torch
 
@@ -200,14 +203,14 @@ def _return_tuples(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> bool:
     )
     try:
         device = model.get_input_embeddings().weight.device
-        _run_stack(model, torch.zeros(1, 2, dtype=torch.long, device=device))
+        run_stack(model, torch.zeros(1, 2, dtype=torch.long, device=device))
     finally:
         handle.remove()
     return seen[0]
 
 
 @contextmanager
-def _replaced_forwards(blocks: Sequence[nn.Module], record: Callable[..., Any]) -> Iterator[None]:
+def replaced_forwards(blocks: Sequence[nn.Module], record: Callable[..., Any]) -> Iterator[None]:
     """Let every block call ``record(index, …)`` instead of its forward."""
     from functools import partial
 

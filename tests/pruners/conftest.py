@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import random
+import string
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -97,6 +99,40 @@ def make_model(architecture: str, **changes: Any) -> Any:
 @pytest.fixture
 def ids() -> torch.Tensor:
     return torch.randint(0, 97, (3, 24), generator=torch.Generator().manual_seed(5))
+
+
+LETTERS = [*string.ascii_letters, *string.digits]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[[Any], Path]:
+    """Return a function that saves a model with a tokenizer of letters; returns where."""
+
+    def save(model: Any, name: str = "base") -> Path:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        directory = tmp_path / "saved" / name
+        model.save_pretrained(directory)
+        # Qwen2's tokenizer is rebuilt as a byte-level BPE whatever was saved, so this is one.
+        vocabulary = {word: index for index, word in enumerate(["[UNK]", "</s>", "Ġ", *LETTERS])}
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="</s>", model_max_length=64
+        ).save_pretrained(directory)
+        return directory
+
+    return save
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A text of a thousand letters."""
+    path = tmp_path / "letters.txt"
+    path.write_text("".join(random.Random(3).choices([*LETTERS, " "], k=1000)))
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,49 @@
+"""Where hidden states wait between two blocks: in memory, or in files that are mapped into it."""
+
+from __future__ import annotations
+
+import mmap
+import tempfile
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Activations:
+    """Keeps hidden states on the host.
+
+    In a file, each tensor has one of its own that is deleted while it is mapped: the system takes
+    the space back when the last view of the tensor goes, so a set that is replaced batch by batch
+    never exists twice. Pages are handed back after each use and do not add up in memory.
+
+    Attributes:
+        directory: where the files are; None keeps everything in memory.
+    """
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self.directory = directory
+        self._maps: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()
+
+    def hold(self, hidden: Tensor) -> Tensor:
+        """Return the same values, kept where there is room."""
+        if self.directory is None or not hidden.numel():
+            return hidden.cpu()
+        import torch
+
+        with tempfile.TemporaryFile(dir=self.directory) as file:
+            file.truncate(hidden.nbytes)
+            mapped = mmap.mmap(file.fileno(), hidden.nbytes)
+        held = torch.frombuffer(mapped, dtype=hidden.dtype).reshape(hidden.shape)
+        held.copy_(hidden)
+        self._maps[held.data_ptr()] = mapped
+        self.rest(held)
+        return held
+
+    def rest(self, held: Tensor) -> None:
+        """Hand back the pages of a held tensor; its values stay in the file."""
+        mapped = self._maps.get(held.data_ptr())
+        if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+            mapped.madvise(mmap.MADV_DONTNEED)

@@ -1,0 +1,66 @@
+"""The weights of a model directory, found without reading them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prufed_cli.errors import INTEGRITY, PrufedError
+
+if TYPE_CHECKING:
+    from prufed_cli.models.stored import StoredTensor
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def find_tensors(directory: Path, ref: str) -> dict[str, StoredTensor]:
+    """Return every tensor of a checkpoint, in one file or in shards, by its name there.
+
+    Args:
+        directory: a model directory.
+        ref: what to call it.
+
+    Raises:
+        PrufedError: there are no weights, the index is damaged, or a shard or tensor it names is
+            missing.
+    """
+    from prufed_cli.models.stored import read_header
+
+    if (directory / WEIGHTS).is_file():
+        return read_header(directory / WEIGHTS)
+    if not (directory / INDEX).is_file():
+        raise PrufedError(
+            f"{ref} has no {WEIGHTS}", f"`prufed verify {ref}` checks its files", INTEGRITY
+        )
+    placed = _weight_map(directory / INDEX, ref)
+    tensors: dict[str, StoredTensor] = {}
+    for file in sorted(set(placed.values())):
+        if not (directory / file).is_file():
+            raise _damaged(ref, f"its index names {file}, which is missing")
+        tensors |= read_header(directory / file)
+    for name, file in sorted(placed.items()):
+        if name not in tensors:
+            raise _damaged(ref, f"its index says that {file} has {name}, but it has not")
+    return tensors
+
+
+def _weight_map(path: Path, ref: str) -> Mapping[str, str]:
+    try:
+        placed: Any = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(ref, f"{path.name} cannot be read ({error})") from error
+    if not isinstance(placed, dict) or not placed:
+        raise _damaged(ref, f"{path.name} maps no weights to files")
+    for file in placed.values():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise _damaged(ref, f"{path.name} names {file!r}, which is no file beside it")
+    return placed
+
+
+def _damaged(ref: str, reason: str) -> PrufedError:
+    return PrufedError(
+        f"the checkpoint of {ref} is incomplete: {reason}", "fetch the model again", INTEGRITY
+    )

@@ -1,0 +1,315 @@
+"""Tensors in safetensors files, read and written piece by piece.
+
+A model larger than memory is read one tensor, or a few rows of one, at a time, and written the same
+way. ``safe_open`` maps a file and what has been read stays resident; here every access reads its
+own bytes. Files are laid out as ``safetensors`` itself lays them out, so that the same tensors make
+the same bytes whoever writes them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Self
+from uuid import uuid4
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from prufed_cli.errors import INTEGRITY, PrufedError
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from torch import Tensor
+
+DTYPES: Final[Mapping[str, torch.dtype]] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+}
+"""The dtypes a model may be stored in, in the order in which safetensors ranks them."""
+
+PIECE: Final = 2**22
+"""Bytes, or entries, that are copied at once."""
+
+_RANKS: Final = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
+_CODES: Final = {dtype: code for code, dtype in DTYPES.items()}
+_LENGTH_BYTES: Final = 8  # the header's length, little endian, comes first
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor in a safetensors file.
+
+    Attributes:
+        path: the file.
+        name: its name in the file.
+        code: its dtype as safetensors spells it.
+        shape: its shape.
+        offset: where its bytes begin in the file.
+        size: how many bytes.
+    """
+
+    path: Path
+    name: str
+    code: str
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The tensor's dtype.
+
+        Raises:
+            PrufedError: it is one that cannot be computed with.
+        """
+        if self.code not in DTYPES:
+            raise PrufedError(
+                f"{self.name} is stored as {self.code}", "store the model in a 16 or 32 bit dtype"
+            )
+        return DTYPES[self.code]
+
+    def read(self) -> Tensor:
+        """Return the whole tensor."""
+        return self._piece(0, math.prod(self.shape)).reshape(self.shape)
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Return rows ``first`` to ``last`` − 1 of the leading dimension."""
+        width = math.prod(self.shape[1:])
+        return self._piece(first * width, last * width).reshape(-1, *self.shape[1:])
+
+    def gather(self, rows: Sequence[int]) -> Tensor:
+        """Return some rows of the leading dimension, in the order given."""
+        found = torch.empty(len(rows), *self.shape[1:], dtype=self.dtype)
+        width = math.prod(self.shape[1:]) * found.element_size()
+        with self.path.open("rb", buffering=0) as file:
+            for position, row in enumerate(rows):
+                file.seek(self.offset + row * width)
+                self._fill(file, found[position])
+        return found
+
+    def pieces(self, dtype: torch.dtype) -> Iterator[memoryview]:
+        """Yield the tensor's bytes in another dtype, or its own, a few megabytes at a time."""
+        entries = math.prod(self.shape)
+        for first in range(0, entries, PIECE):
+            yield _bytes(self._piece(first, min(first + PIECE, entries)).to(dtype))
+
+    def _piece(self, first: int, last: int) -> Tensor:
+        """Read the entries from ``first`` to ``last`` − 1 of the flattened tensor."""
+        piece = torch.empty(last - first, dtype=self.dtype)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.offset + first * piece.element_size())
+            self._fill(file, piece)
+        return piece
+
+    def _fill(self, file: FileIO, tensor: Tensor) -> None:
+        left = _bytes(tensor)
+        while left:
+            count = file.readinto(left)  # at most 2 GiB at once
+            if not count:
+                raise PrufedError(
+                    f"{self.path} has become shorter", "`prufed verify` checks it", INTEGRITY
+                )
+            left = left[count:]
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a safetensors file by name, without reading them.
+
+    Raises:
+        PrufedError: the file is missing, cut off, or no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="np"):  # checks lengths, offsets and dtypes
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+            header: dict[str, Any] = json.loads(file.read(length))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise PrufedError(
+            f"{path} is not a whole safetensors file: {error}", "fetch it again", INTEGRITY
+        ) from error
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        start = _LENGTH_BYTES + length + begin
+        shape = tuple(entry["shape"])
+        tensors[name] = StoredTensor(path, name, entry["dtype"], shape, start, end - begin)
+    return tensors
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a tensor will be: its dtype and shape."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class TensorWriter:
+    """Writes a safetensors file whose tensors come one by one, in any order.
+
+    The file appears under its name, whole and durable, when the writer is closed without an error;
+    until then it has another name, and after an error it is gone.
+    """
+
+    def __init__(
+        self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str] | None = None
+    ) -> None:
+        self._path = path
+        self._temporary = path.with_name(f".{path.name}-{uuid4().hex}")
+        self._specs = specs
+        self._header, self._offsets = _layout(specs, metadata or {"format": "pt"})
+        self._missing = set(specs)
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> Self:
+        self._file = self._temporary.open("xb")
+        self._file.write(self._header)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.commit()
+        else:
+            self.discard()
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor; it is cast to the dtype it was announced with."""
+        spec = self._specs[name]
+        assert tuple(tensor.shape) == spec.shape, name
+        self._write(name, [_bytes(tensor.detach().to("cpu", spec.dtype).contiguous())])
+
+    def copy(self, name: str, stored: StoredTensor) -> None:
+        """Write a tensor of another file, without holding it."""
+        spec = self._specs[name]
+        assert stored.shape == spec.shape, name
+        self._write(name, stored.pieces(spec.dtype))
+
+    def missing(self) -> set[str]:
+        """Return the names that were not written yet."""
+        return set(self._missing)
+
+    def commit(self) -> None:
+        """Close the file, make it durable and give it its name."""
+        assert self._file is not None
+        assert not self._missing, self._missing
+        size = len(self._header) + sum(spec.nbytes for spec in self._specs.values())
+        assert self._file.seek(0, os.SEEK_END) == size
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._temporary.replace(self._path)
+
+    def discard(self) -> None:
+        """Close the file and delete it."""
+        if self._file is not None:
+            self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def _write(self, name: str, pieces: Sequence[memoryview] | Iterator[memoryview]) -> None:
+        assert self._file is not None
+        self._file.seek(len(self._header) + self._offsets[name])
+        for piece in pieces:
+            self._file.write(piece)
+        self._missing.discard(name)
+
+
+def write_checkpoint(
+    directory: Path,
+    specs: Mapping[str, Spec],
+    source: Callable[[str], StoredTensor],
+    largest: int,
+) -> None:
+    """Write ``model.safetensors``, or shards and their index where the total is larger.
+
+    Args:
+        directory: where to.
+        specs: what to write, by name, in the order in which shards are filled.
+        source: returns where a tensor is now.
+        largest: bytes of the largest file.
+    """
+    shards = _shards(specs, largest)
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    for file, shard in zip(names, shards, strict=True):
+        with TensorWriter(directory / file, shard) as writer:
+            for name in shard:
+                writer.copy(name, source(name))
+    if len(shards) > 1:
+        index = {
+            "metadata": {
+                "total_parameters": sum(math.prod(spec.shape) for spec in specs.values()),
+                "total_size": sum(spec.nbytes for spec in specs.values()),
+            },
+            "weight_map": {n: f for f, shard in zip(names, shards, strict=True) for n in shard},
+        }
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def _shards(specs: Mapping[str, Spec], largest: int) -> list[dict[str, Spec]]:
+    """Return the tensors of each file; a tensor that is larger has a file of its own."""
+    shards: list[dict[str, Spec]] = [{}]
+    size = 0
+    for name, spec in specs.items():
+        if shards[-1] and size + spec.nbytes > largest:
+            shards.append({})
+            size = 0
+        shards[-1][name] = spec
+        size += spec.nbytes
+    return shards
+
+
+def _layout(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """Return a file's head, and where each tensor begins after it."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offsets: dict[str, int] = {}
+    position = 0
+    for name in sorted(specs, key=lambda name: (-_RANKS[specs[name].dtype], name)):
+        spec = specs[name]
+        offsets[name] = position
+        position += spec.nbytes
+        header[name] = {
+            "dtype": _CODES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offsets[name], position],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _LENGTH_BYTES)
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text, offsets
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """Return a contiguous tensor's bytes, without a copy."""
+    if sys.byteorder != "little":
+        raise PrufedError("safetensors are little endian, this machine is not", "use another one")
+    raw: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(raw)

@@ -1,0 +1,163 @@
+"""Pruned matrices become finished blocks in a work directory as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from prufed_cli.models.skeleton import Skeleton
+from prufed_cli.models.stored import Spec, TensorWriter
+from prufed_cli.models.streaming import StreamedDecoder
+from prufed_cli.pruning.work import Work, WorkBlock
+from prufed_plugins.errors import MethodError
+from prufed_plugins.masks import mask_metadata, pack
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from prufed_plugins.api import PrunedMatrix
+
+
+class BlockStore:
+    """Writes each block of one or more sub-models while it is pruned.
+
+    A block is finished when the decoder lets go of it, or at the end. Nothing of it is held but
+    its packed masks.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        skeleton: Skeleton,
+        decoder: StreamedDecoder,
+        made: int,
+    ) -> None:
+        self._work = work
+        self._skeleton = skeleton
+        self._decoder = decoder
+        self._made = made
+        self._next = work.finished(made, len(decoder.blocks))
+        self._open: list[_OpenBlock] = []
+        decoder.start = self._next
+        decoder.released = self._released
+        if made == 1:
+            for index in range(self._next):
+                self._replace(index)
+
+    @property
+    def finished(self) -> int:
+        """How many blocks are finished."""
+        return self._next
+
+    def take(self, results: Sequence[PrunedMatrix]) -> None:
+        """Write one matrix of every sub-model.
+
+        Raises:
+            MethodError: the pruner made up a matrix, or came back to a finished block.
+        """
+        name = results[0].name
+        index = self._skeleton.block_of(name)
+        if index is None or name not in self._skeleton.stored:
+            raise MethodError(f"the pruner returned {name}, which is no matrix of the model", None)
+        if index < self._next:
+            raise MethodError(f"the pruner returned {name} after its block was finished", None)
+        if not self._open or self._open[0].index != index:
+            self._finish()
+            self._skip_to(index)
+            self._open = [self._begin(made, index) for made in range(self._made)]
+        for block, result in zip(self._open, results, strict=True):
+            block.put(result)
+
+    def close(self) -> None:
+        """Finish the last block, and those that the pruner left alone."""
+        self._finish()
+        self._skip_to(len(self._decoder.blocks))
+
+    def discard(self) -> None:
+        """Delete what is written of an unfinished block."""
+        for block in self._open:
+            block.discard()
+        self._open = []
+
+    def _begin(self, made: int, index: int) -> _OpenBlock:
+        names = self._decoder.parameters(index)
+        return _OpenBlock(
+            index, self._work.block(made, index), self._skeleton, names, self._decoder.dtype
+        )
+
+    def _released(self, index: int) -> None:
+        if self._open and self._open[0].index == index:
+            self._finish()
+
+    def _finish(self) -> None:
+        if not self._open:
+            return
+        index = self._open[0].index
+        for block in self._open:
+            self._work.write(block.place.facts, block.commit())
+        self._open = []
+        self._next = index + 1
+        if self._made == 1:
+            self._replace(index)
+
+    def _skip_to(self, index: int) -> None:
+        """Finish the blocks before ``index`` as they are in the base."""
+        for skipped in range(self._next, index):
+            for made in range(self._made):
+                facts = self._work.block(made, skipped).facts
+                self._work.write(facts, {"rows": [], "shapes": {}, "kept": {}})
+        self._next = max(self._next, index)
+
+    def _replace(self, index: int) -> None:
+        weights = self._work.block(0, index).weights
+        if weights.is_file():
+            self._decoder.finish(index, weights)
+
+
+class _OpenBlock:
+    """One block of one sub-model that is being written."""
+
+    def __init__(
+        self,
+        index: int,
+        place: WorkBlock,
+        skeleton: Skeleton,
+        names: Sequence[str],
+        dtype: torch.dtype,
+    ) -> None:
+        self.index = index
+        self.place = place
+        self._stored = {name: skeleton.stored[name] for name in names}
+        specs = {
+            name: Spec(dtype if one.dtype.is_floating_point else one.dtype, one.shape)
+            for name, one in self._stored.items()
+        }
+        self._writer = TensorWriter(place.weights, specs).__enter__()
+        self._masks: dict[str, Tensor] = {}
+        self._facts: dict[str, Any] = {"rows": [], "shapes": {}, "kept": {}}
+
+    def put(self, result: PrunedMatrix) -> None:
+        """Write one matrix."""
+        name = result.name
+        self._writer.put(name, result.weight)
+        self._masks[name] = pack(result.mask)
+        self._facts["shapes"][name] = list(result.mask.shape)
+        self._facts["kept"][name] = int(result.mask.sum())
+        self._facts["rows"].append({"name": name, **result.report})
+
+    def commit(self) -> dict[str, Any]:
+        """Write what the pruner left alone, and the masks; return the block's facts."""
+        for name in sorted(self._writer.missing()):
+            self._writer.copy(name, self._stored[name])
+        self._writer.commit()
+        specs = {name: Spec(mask.dtype, tuple(mask.shape)) for name, mask in self._masks.items()}
+        metadata = mask_metadata(self._facts["shapes"])
+        with TensorWriter(self.place.masks, specs, metadata) as writer:
+            for name, mask in self._masks.items():
+                writer.put(name, mask)
+        return self._facts
+
+    def discard(self) -> None:
+        """Delete what was written."""
+        self._writer.discard()

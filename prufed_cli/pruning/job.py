@@ -1,0 +1,122 @@
+"""One pass over a model: what is to be made, from what, and on which machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from prufed_cli.pruning.request import PruneRequest
+
+if TYPE_CHECKING:
+    import torch
+
+    from prufed_cli.evaluation.perplexity import TextFile
+    from prufed_cli.models.calibration import Calibration
+    from prufed_cli.progress import Reporter
+    from prufed_plugins.api import Pruner, PruneTarget
+    from prufed_registry import Artifact, Registry
+
+REPORT_FILE: Final = "prufed-report.json"
+"""What was pruned, matrix by matrix, beside the weights."""
+
+LARGEST_FILE: Final = 5 * 10**9
+"""Bytes of the largest weight file; a model that needs more is written in shards."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to work; nothing here changes what comes of it but the device and the dtype.
+
+    Attributes:
+        device: where blocks compute.
+        compute: the dtype they compute in.
+        trust_remote_code: whether code that comes with the model may run.
+        max_memory: bytes that may be held; None for what is available.
+        largest_file: bytes of the largest weight file.
+        force: begin anew where an earlier run was cut off.
+    """
+
+    device: torch.device
+    compute: torch.dtype
+    trust_remote_code: bool = False
+    max_memory: int | None = None
+    largest_file: int = LARGEST_FILE
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Made:
+    """One sub-model to be made.
+
+    Attributes:
+        request: what was asked for.
+        target: how much to remove.
+        recipe: what the registry knows it by.
+    """
+
+    request: PruneRequest
+    target: PruneTarget
+    recipe: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One pass: one sub-model, or several nested ones.
+
+    Attributes:
+        made: what is to be made; more than one only where ``nested``.
+        nested: whether the sub-models lie inside one another and share the pass.
+        pruner: the method.
+        base: what is pruned.
+        dtype: what its weights are stored in.
+        calibration: token ids to calibrate with, where the method needs any.
+        text: what to score base and sub-models on, where that was asked for.
+        registry: where the sub-models go.
+        options: how to work.
+        reporter: told how far it is.
+    """
+
+    made: tuple[Made, ...]
+    nested: bool
+    pruner: Pruner
+    base: Artifact
+    dtype: torch.dtype
+    calibration: Calibration | None
+    text: TextFile | None
+    registry: Registry
+    options: Options
+    reporter: Reporter
+
+    @property
+    def method(self) -> str:
+        """The method's name."""
+        return self.made[0].request.method
+
+    @property
+    def fingerprint(self) -> str:
+        """Hexadecimal digest of everything the sub-models' bytes depend on."""
+        from hashlib import sha256
+        from json import dumps
+
+        from prufed_cli.environment import versions
+
+        content = {
+            "base": self.base.digest,
+            "recipes": [dict(made.recipe) for made in self.made],
+            "names": [made.request.name for made in self.made],
+            "nested": self.nested,
+            "device": self.options.device.type,
+            "compute": str(self.options.compute),
+            "batch": [list(batch.shape) for batch in self.calibration.batches]
+            if self.calibration
+            else [],
+            "versions": versions(("prufed", "torch", "transformers")),
+        }
+        return sha256(dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+    @property
+    def workplace(self) -> Path:
+        """The directory in which unfinished work is kept, one directory per fingerprint."""
+        return self.registry.root.parent / "prunes"

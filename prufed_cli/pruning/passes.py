@@ -1,0 +1,210 @@
+"""One pass of a pruner over a model on disk, from the plan to the published sub-models."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from prufed_cli.errors import Interrupted, PrufedError
+from prufed_cli.evaluation.perplexity import Perplexity
+from prufed_cli.models.activations import Activations
+from prufed_cli.models.base import share_cores
+from prufed_cli.models.skeleton import Skeleton, open_skeleton
+from prufed_cli.models.streaming import StreamedDecoder
+from prufed_cli.pruning.blocks import BlockStore
+from prufed_cli.pruning.job import Job
+from prufed_cli.pruning.plan import Plan, make_plan, warn_of_few_tokens
+from prufed_cli.pruning.publish import Outcome, masked_outcome, publish, sliced_outcome
+from prufed_cli.pruning.scores import check_tokens, perplexity_report, streamed_perplexity
+from prufed_cli.pruning.work import Work, take_work
+from prufed_plugins.api import KeptLayers, PrunedMatrix, PruneTarget
+from prufed_plugins.errors import MethodError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from prufed_plugins.api import NestedPruner, SurveyingPruner
+    from prufed_registry import Artifact
+
+
+def run_pass(job: Job, wanted: Sequence[int]) -> list[Artifact]:
+    """Prune, and publish those sub-models of the pass that are wanted.
+
+    Raises:
+        PrufedError: the base cannot be pruned, memory does not suffice, or another process is at
+            the same work.
+        MethodError: the method cannot meet the target on this model.
+        Interrupted: Ctrl-C after at least one block; says how it goes on.
+    """
+    started = time.monotonic()
+    skeleton, decoder = _open(job)
+    with take_work(job.workplace, job.fingerprint) as work:
+        if job.options.force:
+            work.clear()
+        with _can_be_resumed(job, work, len(decoder.blocks)):
+            score = _scorer(job, work)
+            outcomes = _prune(job, skeleton, decoder, work)
+            artifacts = [
+                publish(job, job.made[each], outcomes[each], score, time.monotonic() - started)
+                for each in wanted
+            ]
+        work.clear()
+    return artifacts
+
+
+def plan_pass(job: Job) -> Plan:
+    """Return what a pass would take.
+
+    Raises:
+        PrufedError: as :func:`run_pass`.
+    """
+    return make_plan(job, *_open(job))
+
+
+def _open(job: Job) -> tuple[Skeleton, StreamedDecoder]:
+    options = job.options
+    skeleton = open_skeleton(
+        job.base.path, job.base.ref, options.compute, trust_remote_code=options.trust_remote_code
+    )
+    if options.device.type == "cpu":
+        share_cores(skeleton.model.num_parameters())
+    if job.calibration is not None:
+        check_tokens(skeleton.model, max(int(each.max()) for each in job.calibration.batches))
+    return skeleton, StreamedDecoder(skeleton, job.dtype, options.device, Activations())
+
+
+def _prune(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, work: Work) -> Sequence[Outcome]:
+    total = len(decoder.blocks)
+    finished = work.finished(len(job.made), total)
+    plan = make_plan(job, skeleton, decoder, finished)
+    for line in plan.lines():
+        job.reporter.note(line)
+    warn_of_few_tokens(job, decoder)
+    decoder.release()
+    decoder.hold_in(work.path if plan.in_file else None)
+    store = BlockStore(work, skeleton, decoder, len(job.made))
+    if 0 < finished < total:
+        job.reporter.note(f"resuming after block {finished} of {total}")
+    with job.reporter.task(f"prune with {job.method}", total=total) as task:
+        task.advance(finished)
+
+        def progress(what: str, done: int, of: int) -> None:
+            task.update(f"prune with {job.method}: {what} {done}/{of}", total=of)
+            task.advance()
+
+        try:
+            if job.pruner.result == "sliced":
+                for result in job.pruner.prune(decoder, _batches(job), _target(job), progress):
+                    if isinstance(result, KeptLayers):
+                        return [sliced_outcome(job, skeleton, result)]
+            if store.finished < total:
+                for results in _results(job, decoder, work, progress):
+                    store.take(results)
+            store.close()
+        finally:
+            store.discard()
+    return [masked_outcome(job, skeleton, work, index) for index in range(len(job.made))]
+
+
+def _results(
+    job: Job, decoder: StreamedDecoder, work: Work, progress: Callable[[str, int, int], None]
+) -> Iterator[Sequence[PrunedMatrix]]:
+    """Yield one result per sub-model for every matrix that is still to be pruned."""
+    targets = [_surveyed(job, decoder, work, each, progress) for each in range(len(job.made))]
+    if job.nested:
+        pruner = cast("NestedPruner", job.pruner)
+        yield from pruner.prune_nested(decoder, _batches(job), targets, progress)
+        return
+    for result in job.pruner.prune(decoder, _batches(job), targets[0], progress):
+        assert isinstance(result, PrunedMatrix)
+        yield (result,)
+
+
+def _surveyed(
+    job: Job,
+    decoder: StreamedDecoder,
+    work: Work,
+    made: int,
+    progress: Callable[[str, int, int], None],
+) -> PruneTarget:
+    """Return the target of one sub-model, refined by the pruner's survey where it makes one."""
+    target = job.made[made].target
+    if not hasattr(job.pruner, "survey"):
+        return target
+    pruner = cast("SurveyingPruner", job.pruner)
+
+    def ask() -> Mapping[str, Any]:
+        found = pruner.survey(decoder, _batches(job), target, progress)
+        return {
+            "sparsity": found.sparsity,
+            "pattern": found.pattern,
+            "per_matrix": None if found.per_matrix is None else dict(found.per_matrix),
+        }
+
+    answer = work.answer(f"survey-{made}", ask)
+    pattern = answer["pattern"]
+    return PruneTarget(
+        sparsity=answer["sparsity"],
+        pattern=None if pattern is None else (pattern[0], pattern[1]),
+        per_matrix=answer["per_matrix"],
+    )
+
+
+def _batches(job: Job) -> Sequence[Any] | None:
+    return job.calibration.batches if job.calibration else None
+
+
+def _target(job: Job) -> PruneTarget:
+    return job.made[0].target
+
+
+def _scorer(job: Job, work: Work) -> Callable[[Path], dict[str, Any]]:
+    """Return what scores a written sub-model; the base is scored here, once."""
+    text = job.text
+    if text is None:
+        return lambda directory: {}
+
+    def measure(directory: Path) -> Perplexity:
+        return streamed_perplexity(
+            directory,
+            job.base,
+            text,
+            job.dtype,
+            job.options,
+            work.path,
+            reporter=job.reporter,
+        )
+
+    base = Perplexity(**work.answer("perplexity", lambda: asdict(measure(job.base.path))))
+    return lambda directory: perplexity_report(text, base, measure(directory))
+
+
+@contextmanager
+def _can_be_resumed(job: Job, work: Work, total: int) -> Iterator[None]:
+    """Say how work that is cut off goes on, and drop work that would fail the same way again."""
+
+    def how() -> str | None:
+        done = work.finished(len(job.made), total)
+        if done == 0 or job.pruner.result == "sliced":
+            return None
+        return f"the same command goes on after block {done} of {total}"
+
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        hint = how()
+        if hint is None:
+            raise
+        raise Interrupted(hint) from interrupt
+    except (MethodError, PrufedError):
+        work.clear()
+        raise
+    except Exception as error:
+        hint = how()
+        if hint is not None:
+            error.add_note(hint)  # Ctrl-C in compiled code may end as an error of its own
+        raise

@@ -1,0 +1,239 @@
+"""What a pass will take: memory and time, estimated before it begins."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from prufed_cli.errors import FAILED, PrufedError
+from prufed_cli.models.skeleton import Skeleton
+from prufed_cli.models.streaming import StreamedDecoder
+from prufed_cli.pruning.job import Job
+from prufed_cli.pruning.memory import available_memory, show_size
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_COPIES = 5
+"""Float32 copies of the matrix at hand: its values, their changes, scores, errors, and a spare."""
+_FACTORS = 3
+"""Matrices of the size of a Hessian that its factorization needs besides those of the block."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a pass will take. All sizes are bytes.
+
+    Attributes:
+        parameters: how many the model has.
+        blocks: how many decoder blocks.
+        block: the largest block in the dtype it computes in.
+        statistics: what is gathered of the inputs of one block, and its factorization.
+        batch: one batch on its way through a block, or the copies of one matrix.
+        activations: the hidden states of the whole calibration text.
+        in_file: whether they wait in a file.
+        limit: what may be held.
+        seconds: a rough estimate; None where nothing was measured.
+    """
+
+    parameters: int
+    blocks: int
+    block: int
+    statistics: int
+    batch: int
+    activations: int
+    in_file: bool
+    limit: int
+    seconds: float | None
+
+    @property
+    def least(self) -> int:
+        """The memory needed at least, with the activations in a file."""
+        return self.block + self.statistics + self.batch
+
+    @property
+    def peak(self) -> int:
+        """The memory that will be held."""
+        return self.least + (0 if self.in_file else self.activations)
+
+    def lines(self) -> list[str]:
+        """Return the plan for a person."""
+        where = "in a file" if self.in_file else "in memory"
+        lines = [
+            f"{self.parameters:,} parameters in {self.blocks} decoder blocks, "
+            f"the largest {show_size(self.block)}",
+            f"activations {show_size(self.activations)} {where}, "
+            f"statistics {show_size(self.statistics)}, one batch {show_size(self.batch)}",
+            f"peak memory about {show_size(self.peak)} of {show_size(self.limit)} allowed",
+        ]
+        if self.seconds is not None:
+            lines.append(f"time about {_duration(self.seconds)}")
+        return lines
+
+    def document(self) -> dict[str, Any]:
+        """Return the plan for a program."""
+        return {
+            "parameters": self.parameters,
+            "blocks": self.blocks,
+            "block_bytes": self.block,
+            "statistics_bytes": self.statistics,
+            "batch_bytes": self.batch,
+            "activation_bytes": self.activations,
+            "activations_in_file": self.in_file,
+            "peak_bytes": self.peak,
+            "limit_bytes": self.limit,
+            "seconds": self.seconds,
+        }
+
+
+def make_plan(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, begin: int = 0) -> Plan:
+    """Estimate a pass by running one calibration sequence through the first block.
+
+    Args:
+        job: the pass.
+        skeleton: its model.
+        decoder: the same, to be run; block 0 is left in memory.
+        begin: how many blocks are finished already.
+
+    Raises:
+        PrufedError: one block and what belongs to it do not fit.
+    """
+    shapes = [decoder.shapes(index) for index in range(len(decoder.blocks))]
+    largest = max(math.prod(shape) for shapes_of in shapes for shape in shapes_of.values())
+    width = job.options.compute.itemsize
+    sizes = [_block_bytes(skeleton, decoder, index, width) for index in range(len(shapes))]
+    batches = job.calibration.batches if job.calibration else []
+    hidden = skeleton.model.config.get_text_config().hidden_size
+    columns: list[int] = []
+    seconds: float | None = None
+    batch = largest * 4 * (_COPIES + len(job.made) - 1)
+    if batches:
+        groups, forward = _probe(decoder, batches[0][:1])
+        columns = [max(shapes[0][name][1] for name in group) for group in groups]
+        inner = max(max(shape) for shape in shapes[0].values())
+        batch = max(batch, batches[0].numel() * (3 * inner + 4 * hidden) * width)
+        seconds = _seconds(job, forward, columns, shapes[0]) * (len(shapes) - begin)
+        seconds += forward * sum(each.shape[0] for each in batches) * begin
+    one = statistic_bytes(job)
+    statistics = sum(one(count) for count in columns)
+    statistics += _FACTORS * max((one(count) for count in columns), default=0)
+    activations = sum(each.numel() for each in batches) * hidden * width
+    limit = job.options.max_memory or available_memory()
+    least = max(sizes) + statistics + batch
+    if least > limit:
+        raise PrufedError(
+            f"one decoder block with its statistics and a batch takes about {show_size(least)}, "
+            f"more than the {show_size(limit)} there may be",
+            f"allow --max-memory {math.ceil(least / 10**6)}MB, or use a shorter --length",
+            FAILED,
+        )
+    parameters = sum(math.prod(one.shape) for one in skeleton.stored.values())
+    in_file = least + activations > limit
+    return Plan(
+        parameters,
+        len(sizes),
+        max(sizes),
+        statistics,
+        batch,
+        activations,
+        in_file,
+        limit,
+        seconds,
+    )
+
+
+def statistic_bytes(job: Job) -> Callable[[int], int]:
+    """Return how many bytes a pruner gathers of an input with some number of columns.
+
+    A pruner may say so itself, by a method ``statistic_bytes``; one that does not is taken to keep
+    a Hessian.
+    """
+    own: Callable[[int], int] | None = getattr(job.pruner, "statistic_bytes", None)
+    if own is not None:
+        return own
+    if job.pruner.result == "sliced" or not job.pruner.needs_calibration:
+        return lambda columns: 0
+    return lambda columns: 4 * columns * columns
+
+
+def warn_of_few_tokens(job: Job, decoder: StreamedDecoder) -> None:
+    """Warn where a Hessian of fewer tokens than columns cannot have full rank."""
+    if job.calibration is None or statistic_bytes(job)(1000) < 10**6:
+        return
+    columns, name = max((shape[1], name) for name, shape in decoder.shapes(0).items())
+    length = job.calibration.batches[0].shape[1]
+    tokens = sum(batch.numel() for batch in job.calibration.batches)
+    if tokens < columns:
+        job.reporter.warn(
+            f"{tokens} calibration tokens are fewer than the {columns} columns of {name}; "
+            f"use --samples {math.ceil(columns / length)} or more, and as much text"
+        )
+
+
+def _probe(decoder: StreamedDecoder, batch: Any) -> tuple[list[list[str]], float]:
+    """Return which matrices of block 0 share an input, and the seconds one sequence takes."""
+    import torch
+
+    inputs: dict[str, int] = {}
+    ((hidden, arguments),) = decoder.embed([batch])
+    linears = decoder.linears(0)
+
+    def look(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            inputs.setdefault(name, id(args[0]))
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(look(name)) for name, module in linears.items()]
+    try:
+        with torch.no_grad():
+            kept = decoder.run_block(0, hidden, arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    started = time.perf_counter()
+    with torch.no_grad():
+        kept = decoder.run_block(0, hidden, arguments)
+        kept.cpu()
+    seconds = time.perf_counter() - started
+    groups: dict[object, list[str]] = {}
+    for name in linears:
+        groups.setdefault(inputs.get(name, name), []).append(name)
+    return list(groups.values()), seconds
+
+
+def _seconds(
+    job: Job, forward: float, columns: list[int], shapes: Mapping[str, tuple[int, int]]
+) -> float:
+    """Return about how long one block takes, by the rate at which a sequence went through it.
+
+    Two forward passes; for each Hessian c² operations per token and c³ to factor it; for each
+    matrix 2·rows·c² to prune it.
+    """
+    assert job.calibration is not None
+    sequences = sum(batch.shape[0] for batch in job.calibration.batches)
+    length = job.calibration.batches[0].shape[1]
+    rate = 2 * length * sum(math.prod(shape) for shape in shapes.values()) / max(forward, 1e-9)
+    seconds = 2 * forward * sequences
+    if statistic_bytes(job)(1000) >= 10**6:
+        work = sum(c * c * length * sequences + c**3 for c in columns)
+        work += len(job.made) * sum(2 * rows * c * c for rows, c in shapes.values())
+        seconds += work / rate
+    return seconds
+
+
+def _block_bytes(skeleton: Skeleton, decoder: StreamedDecoder, index: int, width: int) -> int:
+    names = decoder.parameters(index)
+    entries = sum(math.prod(skeleton.stored[name].shape) for name in names)
+    return entries * width
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

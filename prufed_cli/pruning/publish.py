@@ -1,0 +1,253 @@
+"""A finished pass becomes artifacts: weights, masks, configuration, report and card."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prufed_cli.model_card import licence, render_card
+from prufed_cli.models.base import MASKS_FILE
+from prufed_cli.models.skeleton import Skeleton
+from prufed_cli.models.stored import Spec, StoredTensor, TensorWriter, read_header, write_checkpoint
+from prufed_cli.pruning.job import REPORT_FILE, Job, Made
+from prufed_cli.pruning.request import PruneRequest, percent
+from prufed_plugins.masks import MaskFile, mask_metadata
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from prufed_cli.pruning.work import Work
+    from prufed_plugins.api import KeptLayers
+    from prufed_registry import Artifact
+
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth")
+_NOT_COPIED = {"config.json", "generation_config.json", "prufed.json", "README.md", REPORT_FILE}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A sub-model that is still in pieces.
+
+    Attributes:
+        model: the skeleton, configured as the sub-model is.
+        tensors: where each of its tensors is now, by the name it will be stored under.
+        masks: where each packed mask is now.
+        mask_shapes: the shape of each mask.
+        details: facts for the manifest.
+        report: what is stored as the report.
+        seconds: time spent on each matrix.
+    """
+
+    model: PreTrainedModel
+    tensors: Mapping[str, StoredTensor]
+    masks: Mapping[str, StoredTensor]
+    mask_shapes: Mapping[str, Sequence[int]]
+    details: dict[str, Any]
+    report: dict[str, Any]
+    seconds: Mapping[str, float]
+
+
+def masked_outcome(job: Job, skeleton: Skeleton, work: Work, made: int) -> Outcome:
+    """Return what a pass of an element-wise pruner came to for one of its sub-models."""
+    config = skeleton.model.config.get_text_config()
+    tensors = {skeleton.saved_name(name): stored for name, stored in skeleton.stored.items()}
+    masks: dict[str, StoredTensor] = {}
+    shapes: dict[str, Sequence[int]] = {}
+    rows: list[dict[str, Any]] = []
+    kept = 0
+    for index in range(config.num_hidden_layers):
+        block = work.block(made, index)
+        facts = block.read_facts()
+        rows += facts["rows"]
+        shapes |= facts["shapes"]
+        kept += sum(facts["kept"].values())
+        if block.weights.is_file():
+            pruned = read_header(block.weights)
+            tensors |= {skeleton.saved_name(name): stored for name, stored in pruned.items()}
+            masks |= read_header(block.masks)
+    total = sum(math.prod(shape) for shape in shapes.values())
+    details: dict[str, Any] = {
+        "result": "masked",
+        "sparsity": round(1 - kept / total, 6) if total else 0.0,
+        "layers": config.num_hidden_layers,
+    }
+    if "kept_layers" in job.base.manifest.details:
+        details["kept_layers"] = job.base.manifest.details["kept_layers"]
+    # Seconds differ from run to run; the stored report must not, or equal sub-models would not
+    # have equal digests.
+    stable = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    seconds = {row["name"]: round(row["seconds"], 3) for row in rows if "seconds" in row}
+    report = {"result": "masked", "matrices": stable}
+    return Outcome(skeleton.model, tensors, masks, shapes, details, report, seconds)
+
+
+def sliced_outcome(job: Job, skeleton: Skeleton, result: KeptLayers) -> Outcome:
+    """Return what a pass of a layer pruner came to: the kept blocks under their new numbers."""
+    from prufed_cli.models.layer_names import to_local
+    from prufed_cli.models.slicing import check_layers, slice_config
+
+    model = copy.copy(skeleton.model)
+    model.config = copy.deepcopy(skeleton.model.config)
+    before = model.config.get_text_config().num_hidden_layers
+    check_layers(result.layers, before)
+    slice_config(model.config.get_text_config(), result.layers)
+    upstream: Sequence[int] = job.base.manifest.details.get("kept_layers") or list(range(before))
+    tensors: dict[str, StoredTensor] = {}
+    for name, stored in skeleton.stored.items():
+        local = to_local(skeleton.saved_name(name), result.layers)
+        if local is not None:
+            tensors[local] = stored
+    masks: dict[str, StoredTensor] = {}
+    shapes: dict[str, Sequence[int]] = {}
+    if (job.base.path / MASKS_FILE).is_file():
+        packed = read_header(job.base.path / MASKS_FILE)
+        for name, shape in MaskFile(job.base.path / MASKS_FILE).shapes.items():
+            local = to_local(name, result.layers)
+            if local is not None:
+                masks[local], shapes[local] = packed[name], shape
+    details: dict[str, Any] = {
+        "result": "sliced",
+        "sparsity": round(1 - len(result.layers) / before, 6),
+        "kept_layers": [upstream[layer] for layer in result.layers],
+        "layers": len(result.layers),
+    }
+    report: dict[str, Any] = {"result": "sliced", "kept_layers": list(result.layers)}
+    if result.scores is not None:
+        report["scores"] = list(result.scores)
+    return Outcome(model, tensors, masks, shapes, details, report, {})
+
+
+def publish(
+    job: Job, made: Made, outcome: Outcome, score: Callable[[Path], dict[str, Any]], seconds: float
+) -> Artifact:
+    """Write a sub-model and publish it.
+
+    Args:
+        job: the pass.
+        made: which of its sub-models.
+        outcome: the sub-model.
+        score: returns what the report says about perplexity, given the written model.
+        seconds: how long the pass took.
+    """
+    from prufed_cli.environment import versions
+    from prufed_registry import Parent
+    from prufed_registry.durable import storage_errors
+
+    metrics: dict[str, Any] = {"seconds": round(seconds, 3)}
+    if outcome.seconds:
+        metrics["matrix_seconds"] = dict(outcome.seconds)
+    with job.registry.stage() as staging:
+        with job.reporter.task("write the sub-model"), storage_errors("write the sub-model"):
+            _write(staging.path, job, outcome)
+        outcome.report.update(score(staging.path))
+        report = json.dumps(outcome.report, indent=1) + "\n"
+        (staging.path / REPORT_FILE).write_text(report)
+        (staging.path / "README.md").write_text(_card(made.request, job.base, outcome.details))
+        return staging.publish(
+            name=made.request.name or default_name(job.base, made.request),
+            kind="pruned",
+            parents=[Parent(ref=job.base.ref, digest=job.base.digest)],
+            recipe=made.recipe,
+            environment=versions(),
+            metrics=metrics,
+            details=outcome.details,
+        )
+
+
+def copy_tokenizer(source: Path, directory: Path) -> None:
+    """Copy what lies beside a model's weights and configuration: tokenizer, template, licence."""
+    for file in sorted(source.iterdir()):
+        skipped = file.name in _NOT_COPIED or file.name.endswith(_WEIGHTS)
+        if file.is_file() and not skipped:
+            shutil.copyfile(file, directory / file.name)
+
+
+def read_report(artifact: Artifact) -> dict[str, Any]:
+    """Return the report stored with a sub-model; empty where there is none."""
+    path = artifact.path / REPORT_FILE
+    if not path.is_file():
+        return {}
+    report: dict[str, Any] = json.loads(path.read_text())
+    return report
+
+
+def default_name(base: Artifact, request: PruneRequest) -> str:
+    """Return e.g. ``llama-7b-sparsegpt-75``: what it was, how, and how much was removed."""
+    from prufed_cli.models.base import slug
+
+    parts = [base.name, request.method]
+    if request.sparsity is not None:
+        parts.append(percent(request.sparsity))
+    if request.pattern is not None:
+        parts.append(request.pattern.replace(":", "-of-"))
+    if request.layers is not None:
+        parts.append(f"drop{request.layers}")
+    for key, value in sorted((request.settings or {}).items()):
+        if key in {"keep", "drop"}:
+            parts.append(f"{key}{value}")
+    return slug("-".join(parts))
+
+
+def _write(directory: Path, job: Job, outcome: Outcome) -> None:
+    """Write weights in the base's own dtype, its tokenizer files as they are, and the masks."""
+    specs = {
+        name: Spec(job.dtype if one.dtype.is_floating_point else one.dtype, one.shape)
+        for name, one in outcome.tensors.items()
+    }
+    write_checkpoint(directory, specs, outcome.tensors.__getitem__, job.options.largest_file)
+    _write_configuration(directory, outcome.model, str(job.dtype).removeprefix("torch."))
+    copy_tokenizer(job.base.path, directory)
+    if outcome.masks:
+        _write_masks(directory / MASKS_FILE, outcome)
+    if outcome.details["result"] == "masked":
+        outcome.details["masks_digest"] = _masks_digest(directory / MASKS_FILE, outcome)
+
+
+def _write_configuration(directory: Path, model: PreTrainedModel, dtype: str) -> None:
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(directory)
+    if model.can_generate():
+        model.generation_config.save_pretrained(directory)
+
+
+def _write_masks(path: Path, outcome: Outcome) -> None:
+    specs = {name: Spec(one.dtype, one.shape) for name, one in outcome.masks.items()}
+    with TensorWriter(path, specs, mask_metadata(outcome.mask_shapes)) as out:
+        for name, packed in outcome.masks.items():
+            out.copy(name, packed)
+
+
+def _masks_digest(path: Path, outcome: Outcome) -> str:
+    from prufed_plugins.masks import digest
+
+    return digest(MaskFile(path) if outcome.masks else {})
+
+
+def _card(request: PruneRequest, base: Artifact, details: Mapping[str, Any]) -> str:
+    if details["result"] == "masked":
+        removed = f"{details['sparsity']:.2%} of the entries of its decoder matrices are zero"
+        speed = (
+            "Zeros are stored explicitly: with dense kernels the model is no faster than its base."
+        )
+    else:
+        removed = f"it keeps the decoder layers {details['kept_layers']} of its base"
+        speed = "Fewer layers make it smaller and faster in proportion."
+    metadata = {
+        "library_name": "transformers",
+        "tags": ["prufed", "pruned"],
+        **licence(base.path),
+    }
+    return render_card(
+        metadata,
+        f"# {base.name}, pruned with {request.method}\n\n"
+        f"A sub-model of `{base.ref}` ({base.digest}): {removed}. {speed}\n\n"
+        "`prufed.json` holds the recipe, the parents' digests and the digest of every file.",
+    )

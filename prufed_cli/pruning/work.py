@@ -1,0 +1,155 @@
+"""Unfinished work: the blocks that are pruned already, kept until the sub-model is published.
+
+``<home>/prunes/<fingerprint>/`` belongs to one set of arguments on one base. Of every finished
+block it holds, per sub-model, the weights, the packed masks and the report's rows. The rows are
+written last: a block without them is not finished. A lock beside the directory keeps a second
+process out; what nobody has touched for two weeks is deleted by the next prune.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from prufed_cli.errors import PrufedError
+
+KEPT_SECONDS: Final = 14 * 86400
+"""How long unfinished work waits to be taken up."""
+
+_ROWS: Final = "[0-9][0-9]-[0-9]*.json"
+"""The files that mark a block as finished."""
+
+
+@dataclass(frozen=True)
+class WorkBlock:
+    """One block of one sub-model in a work directory.
+
+    Attributes:
+        weights: everything stored of the block, under the model's own names; missing where the
+            pruner left the block as it was.
+        masks: packed masks by parameter name.
+        facts: the report's rows, and the shape and kept entries of every mask.
+    """
+
+    weights: Path
+    masks: Path
+    facts: Path
+
+    def read_facts(self) -> dict[str, Any]:
+        """Return what :attr:`facts` holds."""
+        facts: dict[str, Any] = json.loads(self.facts.read_text(encoding="utf-8"))
+        return facts
+
+
+@dataclass(frozen=True)
+class Work:
+    """A work directory that this process holds."""
+
+    path: Path
+
+    def block(self, made: int, index: int) -> WorkBlock:
+        """Return where block ``index`` of one of the sub-models is."""
+        stem = self.path / f"{made:02}-{index:05}"
+        return WorkBlock(
+            stem.with_name(f"{stem.name}.safetensors"),
+            stem.with_name(f"{stem.name}.masks.safetensors"),
+            stem.with_name(f"{stem.name}.json"),
+        )
+
+    def finished(self, made: int, blocks: int) -> int:
+        """Return how many blocks, from the first on, are finished in all sub-models."""
+        for index in range(blocks):
+            if not all(self.block(each, index).facts.is_file() for each in range(made)):
+                return index
+        return blocks
+
+    def answer(self, question: str, ask: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+        """Return what ``ask`` said the first time the question came up."""
+        file = self.path / f"{question}.json"
+        if not file.is_file():
+            self.write(file, ask())
+        answer: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return answer
+
+    def write(self, file: Path, content: Mapping[str, Any]) -> None:
+        """Write a JSON document, whole or not at all."""
+        from prufed_registry.durable import write_atomically
+
+        write_atomically(file, (json.dumps(content) + "\n").encode())
+
+    def clear(self) -> None:
+        """Delete all that is in it."""
+        for file in self.path.iterdir():
+            file.unlink()
+
+
+@contextmanager
+def take_work(workplace: Path, fingerprint: str) -> Iterator[Work]:
+    """Hold the work directory of a fingerprint; it is deleted at the end unless it holds a block.
+
+    Raises:
+        PrufedError: another process has it.
+        RegistryError: the disk is full or refuses.
+    """
+    from filelock import FileLock, Timeout
+
+    from prufed_registry.durable import storage_errors
+
+    path = workplace / fingerprint
+    with storage_errors("keep unfinished work"):
+        workplace.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(_lock_of(path), timeout=0, thread_local=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise PrufedError(
+            "another process makes this sub-model right now", "wait until it has ended"
+        ) from None
+    try:
+        with storage_errors("keep unfinished work"):
+            path.mkdir(exist_ok=True)
+            for stray in path.glob(".*"):
+                stray.unlink()
+        yield Work(path)
+    finally:
+        if not any(path.glob(_ROWS)):
+            shutil.rmtree(path, ignore_errors=True)
+        _lock_of(path).unlink(missing_ok=True)
+        lock.release()
+        _remove_empty(workplace)
+
+
+def sweep(workplace: Path) -> None:
+    """Delete unfinished work that nobody has touched for two weeks and no process holds."""
+    from filelock import FileLock, Timeout
+
+    oldest = time.time() - KEPT_SECONDS
+    for path in workplace.glob("*/"):
+        if max(file.stat().st_mtime for file in (path, *path.iterdir())) >= oldest:
+            continue
+        lock = FileLock(_lock_of(path), timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            continue
+        shutil.rmtree(path, ignore_errors=True)
+        _lock_of(path).unlink(missing_ok=True)
+        lock.release()
+    _remove_empty(workplace)
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.lock")
+
+
+def _remove_empty(workplace: Path) -> None:
+    try:
+        workplace.rmdir()
+    except OSError:
+        return

@@ -1,0 +1,347 @@
+"""A model that is streamed from disk gives the bytes of one that is pruned in memory."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from prufed_cli.errors import INTEGRITY, PrufedError
+from prufed_cli.evaluation.perplexity import measure_perplexity, read_text
+from prufed_cli.models.activations import Activations
+from prufed_cli.models.base import (
+    MASKS_FILE,
+    find_base,
+    load_model,
+    load_tokenizer,
+    stored_dtype,
+)
+from prufed_cli.models.calibration import calibration_batches
+from prufed_cli.models.checkpoint import find_tensors
+from prufed_cli.models.decoder import open_decoder
+from prufed_cli.models.skeleton import open_skeleton
+from prufed_cli.models.slicing import slice_layers
+from prufed_cli.models.streaming import StreamedDecoder
+from prufed_cli.pruning import PruneRequest, prune, prune_several
+from prufed_cli.pruning.job import Options
+from prufed_cli.pruning.scores import streamed_perplexity
+from prufed_plugins.api import PruneTarget
+from prufed_plugins.discover import build
+from prufed_plugins.masks import save_masks
+from prufed_registry import Artifact, Registry
+from prufed_registry.errors import InvalidRequest, RegistryError
+
+CPU = torch.device("cpu")
+Save = Callable[..., Path]
+
+
+@pytest.fixture
+def registry(prufed_home: Path) -> Registry:
+    return Registry(prufed_home / "registry")
+
+
+def request(base: Path, text: Path, **changes: Any) -> PruneRequest:
+    given = {"method": "sparsegpt", "sparsity": 0.5, "samples": 5, "length": 24} | changes
+    return PruneRequest(base=str(base), calibration=str(text), **given)
+
+
+def in_memory(base: Artifact, wanted: PruneRequest, directory: Path) -> None:
+    """Prune the model as a whole and let transformers save it."""
+    model = load_model(base, device="cpu")
+    tokenizer = load_tokenizer(base)
+    batches = calibration_batches(
+        wanted.calibration, tokenizer, samples=wanted.samples, length=wanted.length
+    ).batches
+    pruner = build("pruner", wanted.method, dict(wanted.settings or {}))
+    target = PruneTarget(sparsity=wanted.sparsity)
+    decoder = open_decoder(model, stored_dtype(base))
+    masks = {r.name: r.mask for r in pruner.prune(decoder, batches, target, lambda *_: None)}
+    model.to(stored_dtype(base)).save_pretrained(directory)
+    save_masks(directory / MASKS_FILE, masks)
+
+
+def same_files(one: Path, other: Path, names: Iterable[str]) -> None:
+    for name in names:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+MODEL_FILES = ("model.safetensors", "config.json", "generation_config.json")
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
+def test_every_architecture_gives_the_same_bytes(
+    model: Any, saved: Save, text: Path, tmp_path: Path, registry: Registry, method: str
+) -> None:
+    wanted = request(saved(model), text, method=method)
+    made = prune(wanted, device="cpu").artifact
+    in_memory(find_base(wanted.base, registry), wanted, tmp_path)
+    same_files(made.path, tmp_path, (*MODEL_FILES, MASKS_FILE))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+def test_half_precision_gives_the_same_bytes(
+    new_model: Callable[..., Any],
+    saved: Save,
+    text: Path,
+    tmp_path: Path,
+    registry: Registry,
+    architecture: str,
+    dtype: torch.dtype,
+) -> None:
+    wanted = request(saved(new_model(architecture).to(dtype)), text)
+    made = prune(wanted, device="cpu").artifact
+    in_memory(find_base(wanted.base, registry), wanted, tmp_path)
+    same_files(made.path, tmp_path, (*MODEL_FILES, MASKS_FILE))
+    assert {tensor.dtype for tensor in load_file(made.path / "model.safetensors").values()} == {
+        dtype
+    }
+
+
+def test_a_sliced_model_has_the_bytes_transformers_gives_it(
+    model: Any, saved: Save, text: Path, tmp_path: Path, registry: Registry
+) -> None:
+    wanted = request(saved(model), text, method="symmetric", sparsity=None, layers=2)
+    made = prune(wanted, device="cpu").artifact
+    whole = load_model(find_base(wanted.base, registry), device="cpu")
+    slice_layers(whole, made.manifest.details["kept_layers"]).save_pretrained(tmp_path)
+    same_files(made.path, tmp_path, MODEL_FILES)
+
+
+def test_a_sliced_sub_model_keeps_the_masks_of_its_layers(
+    llama: Any, saved: Save, text: Path, registry: Registry
+) -> None:
+    from prufed_plugins.masks import load_masks
+
+    masked = prune(request(saved(llama), text, method="magnitude"), device="cpu").artifact
+    wanted = PruneRequest(base=masked.ref, method="explicit", settings={"layers": [1, 4]})
+    sliced = prune(wanted, device="cpu").artifact
+    before, after = load_masks(masked.path / MASKS_FILE), load_masks(sliced.path / MASKS_FILE)
+    assert len(after) == len(before) // 3
+    for local, layer in enumerate([1, 4]):
+        name = "self_attn.q_proj.weight"
+        found = after[f"model.layers.{local}.{name}"]
+        assert torch.equal(found, before[f"model.layers.{layer}.{name}"])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_names_without_the_base_prefix_and_shards(
+    new_model: Callable[..., Any], saved: Save, text: Path, architecture: str
+) -> None:
+    model = new_model(architecture, tie_word_embeddings=True)
+    base = saved(model)
+    plain = prune(request(base, text, name="plain"), device="cpu").artifact
+    stripped = base.with_name("stripped")
+    shutil.copytree(base, stripped)
+    tensors = load_file(base / "model.safetensors")
+    prefix = f"{model.base_model_prefix}."
+    save_file(
+        {name.removeprefix(prefix): tensor for name, tensor in tensors.items()},
+        stripped / "model.safetensors",
+        {"format": "pt"},
+    )
+    sharded = base.with_name("sharded")
+    model.save_pretrained(sharded, max_shard_size="20KB")
+    assert len(list(sharded.glob("model-*.safetensors"))) > 3
+    for file in base.glob("tokenizer*"):
+        shutil.copyfile(file, sharded / file.name)
+    for other in (stripped, sharded):
+        made = prune(request(other, text, name=other.name), device="cpu").artifact
+        same_files(made.path, plain.path, (*MODEL_FILES, MASKS_FILE))
+
+
+def test_tied_weights_that_are_stored_twice_stay_tied(
+    new_model: Callable[..., Any], saved: Save, text: Path
+) -> None:
+    base = saved(new_model("llama", tie_word_embeddings=True))
+    tensors = load_file(base / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    made = prune(request(base, text), device="cpu").artifact
+    with safe_open(made.path / "model.safetensors", framework="pt") as file:
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118 (a handle, no mapping)
+    loaded = AutoModelForCausalLM.from_pretrained(made.path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_a_large_sub_model_is_written_in_shards_that_open(
+    llama: Any, saved: Save, text: Path
+) -> None:
+    base = saved(llama)
+    whole = prune(request(base, text), device="cpu").artifact
+    sharded = prune(request(base, text), device="cpu", force=True, largest_file=20_000).artifact
+    assert not (sharded.path / "model.safetensors").exists()
+    assert len(list(sharded.path.glob("model-*.safetensors"))) > 3
+    one, other = (AutoModelForCausalLM.from_pretrained(made.path) for made in (whole, sharded))
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+    again = prune(request(Path(sharded.ref), text, method="top", sparsity=None, layers=1))
+    assert again.artifact.manifest.details["layers"] == 5
+
+
+def streamed(directory: Path, activations: Activations | None = None) -> StreamedDecoder:
+    skeleton = open_skeleton(directory, "tiny", torch.float32)
+    return StreamedDecoder(skeleton, torch.float32, CPU, activations or Activations())
+
+
+def test_one_block_is_in_memory_at_a_time(llama: Any, saved: Save, ids: Tensor) -> None:
+    decoder = streamed(saved(llama))
+    assert not loaded_parameters(decoder)
+    decoder.embed([ids])
+    for index in (0, 3, 2):
+        decoder.linears(index)
+        assert {name.split(".")[2] for name in loaded_parameters(decoder)} == {str(index)}
+    decoder.release()
+    assert not loaded_parameters(decoder)
+
+
+def loaded_parameters(decoder: StreamedDecoder) -> list[str]:
+    model = decoder._skeleton.model
+    return [name for name, value in model.named_parameters() if value.device.type != "meta"]
+
+
+def test_activations_in_a_file_are_the_same_and_leave_none(
+    llama: Any, saved: Save, ids: Tensor, tmp_path: Path
+) -> None:
+    base, spill = saved(llama), tmp_path / "spill"
+    spill.mkdir()
+    runs = []
+    for activations in (Activations(), Activations(spill)):
+        decoder = streamed(base, activations)
+        ((hidden, arguments),) = decoder.embed([ids])
+        for index in range(6):
+            with torch.no_grad():
+                hidden = decoder.hold(decoder.run_block(index, hidden, arguments))
+        runs.append(hidden)
+    assert torch.equal(*runs)
+    assert list(spill.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_held_activations_give_their_memory_back(tmp_path: Path) -> None:
+    store, source = Activations(tmp_path), torch.empty(2**20)
+    before = resident()
+    held = [store.hold(source.fill_(value)) for value in range(64)]
+    assert resident() - before < 32 * 2**20  # of the 256 MiB that are held
+    for value, tensor in enumerate(held):
+        assert bool((tensor == value).all())
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def test_equal_masks_of_batches_are_kept_once(
+    new_model: Callable[..., Any], saved: Save, ids: Tensor
+) -> None:
+    decoder = streamed(saved(new_model("gemma3")))
+    states = decoder.embed([ids, ids.flip(0), ids[:1]])
+    calls = [arguments["blocks"] for _, arguments in states]
+    assert calls[0] is calls[1]
+    assert calls[2] is not calls[0]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "opt", "gpt2"])
+def test_streamed_perplexity_is_the_perplexity(
+    new_model: Callable[..., Any],
+    saved: Save,
+    text: Path,
+    tmp_path: Path,
+    registry: Registry,
+    architecture: str,
+) -> None:
+    base = find_base(str(saved(new_model(architecture))), registry)
+    scored = read_text(text)
+    options = Options(CPU, torch.float32)
+    found = streamed_perplexity(base.path, base, scored, torch.float32, options, tmp_path)
+    expected = measure_perplexity(load_model(base, device="cpu"), load_tokenizer(base), scored)
+    assert found.value == pytest.approx(expected.value, rel=1e-6)
+    assert (found.tokens, found.bytes, found.window) == (
+        expected.tokens,
+        expected.bytes,
+        expected.window,
+    )
+
+
+def test_perplexity_before_and_after_is_reported(llama: Any, saved: Save, text: Path) -> None:
+    result = prune(request(saved(llama), text, perplexity=str(text)), device="cpu")
+    scores = result.report["perplexity"]
+    assert scores["file"] == text.name
+    assert scores["tokens"] > 100
+    assert scores["base"] != scores["pruned"]
+    assert result.artifact.manifest.recipe["perplexity"]["file"] == text.name
+
+
+def test_several_sparsities_share_one_calibration_text(
+    llama: Any, saved: Save, text: Path, registry: Registry
+) -> None:
+    base = saved(llama)
+    requests = [request(base, text, sparsity=s, method="wanda") for s in (0.25, 0.5)]
+    both = prune_several(requests, device="cpu")
+    alone = prune(requests[1], device="cpu", force=True)
+    assert [one.artifact.name for one in both] == ["base-wanda-25", "base-wanda-50"]
+    assert both[1].artifact.digest == alone.artifact.digest
+    assert all(one.reused for one in prune_several(requests, device="cpu"))
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+def test_a_missing_shard_is_named(llama: Any, saved: Save, text: Path, tmp_path: Path) -> None:
+    base = saved(llama)
+    (base / "model.safetensors").unlink()
+    llama.save_pretrained(base, max_shard_size="20KB")
+    lost = sorted(base.glob("model-*.safetensors"))[2]
+    lost.unlink()
+    with pytest.raises(PrufedError, match=f"its index names {lost.name}") as refusal:
+        find_tensors(base, "base")
+    assert refusal.value.exit_code == INTEGRITY
+    with pytest.raises(RegistryError, match=f"lacks the shard '{lost.name}'"):
+        prune(request(base, text), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ("{", "cannot be read"),
+        ('{"weight_map": {"a": "../../model.safetensors"}}', "is no file beside it"),
+        ('{"weight_map": {}}', "maps no weights"),
+    ],
+)
+def test_a_damaged_index(llama: Any, saved: Save, index: str, words: str) -> None:
+    base = saved(llama)
+    (base / "model.safetensors").rename(base / "model-00001-of-00001.safetensors")
+    (base / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(PrufedError, match=words):
+        find_tensors(base, "base")
+
+
+def test_a_sparse_format_is_refused_with_the_reason(llama: Any, saved: Save, text: Path) -> None:
+    base = saved(llama)
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "sparsity_config": {"format": "sparse-bitmask"},
+    }
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InvalidRequest, match="sparse-bitmask', which transformers would pass over"):
+        prune(request(base, text, method="magnitude"), device="cpu")
+
+
+def test_a_tokenizer_of_another_model(
+    new_model: Callable[..., Any], saved: Save, text: Path
+) -> None:
+    base = saved(new_model("llama", vocab_size=20))
+    with pytest.raises(PrufedError, match=r"the tokenizer produces token .* has 20 embeddings"):
+        prune(request(base, text), device="cpu")
