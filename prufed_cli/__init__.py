@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from prufed_cli.importing import import_directory
     from prufed_cli.models.base import Loaded, load_reference
     from prufed_cli.progress import Reporter
-    from prufed_cli.pruning import PruneRequest, PruneResult, prune
+    from prufed_cli.pruning import PruneRequest, PruneResult, prune, prune_several
     from prufed_registry import Artifact, Registry
 
 __version__ = "0.1.0"
@@ -48,6 +48,7 @@ __all__ = [
     "open_registry",
     "plan_federation",
     "prune",
+    "prune_several",
     "pull",
     "push",
 ]
@@ -62,7 +63,7 @@ _MODULES: Final = {
     "prufed_cli.importing": ("import_directory",),
     "prufed_cli.models.base": ("Loaded", "load_reference"),
     "prufed_cli.progress": ("Reporter",),
-    "prufed_cli.pruning": ("PruneRequest", "PruneResult", "prune"),
+    "prufed_cli.pruning": ("PruneRequest", "PruneResult", "prune", "prune_several"),
     "prufed_registry": ("Artifact", "Registry"),
 }
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from prufed_cli.commands.options import Device, Dtype, Json, Quiet, Settings
+
+if TYPE_CHECKING:
+    from prufed_cli.pruning import PruneResult
 
 
 def command(
@@ -20,8 +23,16 @@ def command(
         str, typer.Option(help="A pruner; `prufed plugins` lists them.")
     ] = "sparsegpt",
     sparsity: Annotated[
-        float | None, typer.Option(help="Share of entries (or layers) to remove, in [0, 1).")
+        str | None,
+        typer.Option(
+            metavar="SHARE[,SHARE...]",
+            help="Share of entries (or layers) to remove, in [0, 1); several make as many models.",
+        ),
     ] = None,
+    nested: Annotated[
+        bool,
+        typer.Option("--nested", help="Several sparsities in one pass, one inside the other."),
+    ] = False,
     pattern: Annotated[
         str | None, typer.Option(help="n:m, n of every m consecutive inputs removed: 2:4.")
     ] = None,
@@ -29,6 +40,10 @@ def command(
         int | None, typer.Option(help="How many decoder layers to drop (layer pruners).")
     ] = None,
     settings: Settings = None,
+    compat: Annotated[
+        str | None,
+        typer.Option(metavar="reference", help="Prune what the method's published code prunes."),
+    ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -40,9 +55,21 @@ def command(
         int | None, typer.Option(min=2, help="Tokens per calibration sequence.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Which calibration sequences are drawn.")] = 0,
+    perplexity: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Text to score on, before and after; for the report."),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the artifact.")] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="What may be held: 8GB. Default: what is available."),
+    ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Run even if the same recipe was run before.")
+        bool,
+        typer.Option("--force", help="Run even if the same recipe was run, and from the start."),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop.")
     ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -57,53 +84,83 @@ def command(
     Element-wise methods (sparsegpt, wanda, magnitude) take --sparsity or --pattern; layer methods
     (top, bottom, odd-alternate, even-alternate, symmetric, explicit) take --layers, --sparsity or
     --set keep=N.
+
+    The model may be larger than memory. An interrupted prune goes on after its last finished block
+    when the same command is given again, and ends with the same bytes.
     """
     from prufed_cli.output import emit_json, print_line, reporter
     from prufed_cli.plugins_report import warn_failures
-    from prufed_cli.pruning import PruneRequest, prune
+    from prufed_cli.pruning import (
+        PruneRequest,
+        at_sparsities,
+        parse_sparsities,
+        plan_prune,
+        prune_several,
+    )
+    from prufed_cli.pruning.memory import parse_size
     from prufed_plugins.discover import parse_settings
 
     request = PruneRequest(
         base=base,
         method=method,
-        sparsity=sparsity,
         pattern=pattern,
         layers=layers,
         settings=parse_settings(settings or []),
+        compat=compat,
         calibration=calibration,
         samples=samples,
         length=length,
         seed=seed,
+        perplexity=perplexity,
         name=name,
     )
+    requests = [request] if sparsity is None else at_sparsities(request, parse_sparsities(sparsity))
     telling = reporter(quiet=quiet or as_json)
     warn_failures(telling)
-    result = prune(
-        request,
-        device=device,
-        dtype=dtype,
-        force=force,
-        trust_remote_code=trust_remote_code,
-        reporter=telling,
-    )
-    artifact = result.artifact
-    if as_json:
-        emit_json(
-            {
-                "reference": artifact.ref,
-                "digest": artifact.digest,
-                "path": str(artifact.path),
-                "reused": result.reused,
-                "details": artifact.manifest.details,
-                "report": result.report,
-            }
-        )
+    options: dict[str, Any] = {
+        "nested": nested,
+        "device": device,
+        "dtype": dtype,
+        "max_memory": None if max_memory is None else parse_size(max_memory),
+        "trust_remote_code": trust_remote_code,
+        "reporter": telling,
+    }
+    if dry_run:
+        plan = plan_prune(requests, **options)
+        if as_json:
+            emit_json(plan.document())
+        else:
+            print_line("\n".join(plan.lines()))
         return
-    telling.note(_summary(artifact.manifest.details))
-    print_line(artifact.ref)
+    results = prune_several(requests, force=force, **options)
+    if as_json:
+        documents = [_document(result) for result in results]
+        emit_json(documents[0] if len(documents) == 1 else {"results": documents})
+        return
+    for result in results:
+        telling.note(f"{result.artifact.ref}: {_summary(result)}")
+    for result in results:
+        print_line(result.artifact.ref)
 
 
-def _summary(details: dict[str, object]) -> str:
+def _document(result: PruneResult) -> dict[str, Any]:
+    artifact = result.artifact
+    return {
+        "reference": artifact.ref,
+        "digest": artifact.digest,
+        "path": str(artifact.path),
+        "reused": result.reused,
+        "details": artifact.manifest.details,
+        "report": result.report,
+    }
+
+
+def _summary(result: PruneResult) -> str:
+    details = result.artifact.manifest.details
     if details["result"] == "sliced":
-        return f"kept layers {details['kept_layers']}"
-    return f"sparsity {details['sparsity']:.2%} of the decoder matrices, as counted"
+        text = f"kept layers {details['kept_layers']}"
+    else:
+        text = f"sparsity {details['sparsity']:.2%} of the decoder matrices, as counted"
+    if scores := result.report.get("perplexity"):
+        text += f"; perplexity {scores['base']} before, {scores['pruned']} after"
+    return text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -12,7 +12,7 @@ from prufed_cli.pruning.request import PruneRequest
 if TYPE_CHECKING:
     import torch
 
-    from prufed_cli.evaluation.perplexity import TextFile
+    from prufed_cli.evaluation.perplexity import Perplexity, TextFile
     from prufed_cli.models.calibration import Calibration
     from prufed_cli.progress import Reporter
     from prufed_plugins.api import Pruner, PruneTarget
@@ -61,6 +61,10 @@ class Made:
     recipe: Mapping[str, Any]
 
 
+Score = Callable[[Path], "Perplexity"]
+"""Scores the model in a directory."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One pass: one sub-model, or several nested ones.
@@ -73,6 +77,7 @@ class Job:
         dtype: what its weights are stored in.
         calibration: token ids to calibrate with, where the method needs any.
         text: what to score base and sub-models on, where that was asked for.
+        score: scores a model directory on it; remembers the score of the base.
         registry: where the sub-models go.
         options: how to work.
         reporter: told how far it is.
@@ -85,6 +90,7 @@ class Job:
     dtype: torch.dtype
     calibration: Calibration | None
     text: TextFile | None
+    score: Score | None
     registry: Registry
     options: Options
     reporter: Reporter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Final
@@ -13,6 +14,8 @@ _UNITS: Final = {"": 1} | {
     for power, letter in enumerate("kmgt", start=1)
     for unit, base in (("", 1000), ("b", 1000), ("ib", 1024))
 }
+_M_MMAP_THRESHOLD: Final = -3  # malloc.h
+_LARGE: Final = 2**20
 _RESERVE: Final = 0.1
 """Share of the available memory that is left to others."""
 
@@ -56,3 +59,17 @@ def _group_bytes(name: str) -> int | None:
     except OSError:
         return None
     return int(text) if text.isdecimal() else None
+
+
+def return_freed_memory() -> None:
+    """Let the C library give large pieces back to the system as soon as they are freed.
+
+    glibc moves the bound of what it maps separately up to 32 MB as it sees such pieces freed. The
+    matrices of a block then come from a heap that small tensors keep in use at its end, and the
+    process grows to several times what it holds.
+    """
+    import ctypes
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGE)

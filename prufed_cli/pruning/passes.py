@@ -17,12 +17,14 @@ from prufed_cli.models.skeleton import Skeleton, open_skeleton
 from prufed_cli.models.streaming import StreamedDecoder
 from prufed_cli.pruning.blocks import BlockStore
 from prufed_cli.pruning.job import Job
+from prufed_cli.pruning.memory import return_freed_memory
 from prufed_cli.pruning.plan import Plan, make_plan, warn_of_few_tokens
 from prufed_cli.pruning.publish import Outcome, masked_outcome, publish, sliced_outcome
-from prufed_cli.pruning.scores import check_tokens, perplexity_report, streamed_perplexity
+from prufed_cli.pruning.scores import check_tokens, perplexity_report
 from prufed_cli.pruning.work import Work, take_work
 from prufed_plugins.api import KeptLayers, PrunedMatrix, PruneTarget
 from prufed_plugins.errors import MethodError
+from prufed_registry.durable import storage_errors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,11 +43,12 @@ def run_pass(job: Job, wanted: Sequence[int]) -> list[Artifact]:
         Interrupted: Ctrl-C after at least one block; says how it goes on.
     """
     started = time.monotonic()
+    return_freed_memory()
     skeleton, decoder = _open(job)
     with take_work(job.workplace, job.fingerprint) as work:
         if job.options.force:
             work.clear()
-        with _can_be_resumed(job, work, len(decoder.blocks)):
+        with _can_be_resumed(job, work, len(decoder.blocks)), storage_errors("prune"):
             score = _scorer(job, work)
             outcomes = _prune(job, skeleton, decoder, work)
             artifacts = [
@@ -163,24 +166,12 @@ def _target(job: Job) -> PruneTarget:
 
 
 def _scorer(job: Job, work: Work) -> Callable[[Path], dict[str, Any]]:
-    """Return what scores a written sub-model; the base is scored here, once."""
-    text = job.text
-    if text is None:
+    """Return what scores a written sub-model; the base is scored here."""
+    text, score = job.text, job.score
+    if text is None or score is None:
         return lambda directory: {}
-
-    def measure(directory: Path) -> Perplexity:
-        return streamed_perplexity(
-            directory,
-            job.base,
-            text,
-            job.dtype,
-            job.options,
-            work.path,
-            reporter=job.reporter,
-        )
-
-    base = Perplexity(**work.answer("perplexity", lambda: asdict(measure(job.base.path))))
-    return lambda directory: perplexity_report(text, base, measure(directory))
+    base = Perplexity(**work.answer("perplexity", lambda: asdict(score(job.base.path))))
+    return lambda directory: perplexity_report(text, base, score(directory))
 
 
 @contextmanager

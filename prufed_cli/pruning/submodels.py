@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prufed_cli.errors import USAGE, PrufedError
 from prufed_cli.progress import SILENT, Reporter
-from prufed_cli.pruning.job import LARGEST_FILE, Job, Made, Options
+from prufed_cli.pruning.job import LARGEST_FILE, Job, Made, Options, Score
 from prufed_cli.pruning.request import (
     PruneRequest,
     check_nested,
@@ -19,7 +20,7 @@ from prufed_cli.pruning.request import (
 )
 
 if TYPE_CHECKING:
-    from prufed_cli.evaluation.perplexity import TextFile
+    from prufed_cli.evaluation.perplexity import Perplexity, TextFile
     from prufed_cli.models.calibration import Calibration
     from prufed_cli.pruning.plan import Plan
     from prufed_plugins.api import Pruner
@@ -230,12 +231,32 @@ def _job(
         stored,
         calibration,
         text,
+        None,
         registry,
         Options(where, compute, **options),
         reporter,
     )
     sweep(job.workplace)
-    return job
+    return job if text is None else replace(job, score=_score(job, text))
+
+
+def _score(job: Job, text: TextFile) -> Score:
+    """Return what scores models on a text, the base only once."""
+    from prufed_cli.pruning.scores import streamed_perplexity
+
+    @cache
+    def score(directory: Path) -> Perplexity:
+        return streamed_perplexity(
+            directory,
+            job.base,
+            text,
+            job.dtype,
+            job.options,
+            job.workplace,
+            reporter=job.reporter,
+        )
+
+    return score
 
 
 def _calibration(

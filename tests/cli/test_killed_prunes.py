@@ -1,0 +1,168 @@
+"""A prune killed with SIGKILL after any block goes on there, and ends with the same bytes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prufed_cli.pruning.work import KEPT_SECONDS
+from prufed_registry import Registry
+
+Call = Callable[..., Any]
+Start = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def long_text(tmp_path_factory: pytest.TempPathFactory, calibration_file: Path) -> Path:
+    """Enough text to calibrate with for seconds."""
+    path = tmp_path_factory.mktemp("text") / "long.txt"
+    path.write_text((calibration_file.read_text() + "\n") * 25)
+    return path
+
+
+@pytest.fixture
+def registry(prufed_home: Path, base_directory: Path) -> Registry:
+    registry = Registry(prufed_home / "registry")
+    registry.import_directory(base_directory, name="tiny")
+    return registry
+
+
+@pytest.fixture
+def slow(long_text: Path) -> tuple[object, ...]:
+    """The arguments of a prune that takes its time over each of four blocks."""
+    wanted = ("--base", "tiny", "--method", "sparsegpt", "--sparsity", "0.5", "--device", "cpu")
+    return ("prune", *wanted, "--samples", "600", "--calibration", long_text)
+
+
+def finished(home: Path) -> int:
+    return len(list(home.glob("prunes/*/00-0*.json")))
+
+
+def wait_for(child: Any, happened: Callable[[], bool], patience: float = 60) -> None:
+    deadline = time.monotonic() + patience
+    while not happened():
+        assert child.poll() is None, child.communicate()
+        assert time.monotonic() < deadline, "it never came to that"
+        time.sleep(0.002)
+
+
+def kill(child: Any) -> None:
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    assert child.returncode == -signal.SIGKILL
+
+
+def digest(registry: Registry, reference: str) -> str:
+    return registry.resolve(reference.strip()).digest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_killed_after_a_block(
+    fork: Start,
+    prufed: Call,
+    registry: Registry,
+    prufed_home: Path,
+    slow: tuple[object, ...],
+    blocks: int,
+) -> None:
+    child = fork(*slow)
+    wait_for(child, lambda: finished(prufed_home) >= blocks)
+    kill(child)
+    done = finished(prufed_home)
+    resumed = prufed(*slow)
+    assert resumed.code == 0, resumed.err
+    assert f"resuming after block {done} of 4" in resumed.err
+    assert not (prufed_home / "prunes").exists()
+    anew = prufed(*slow, "--force")
+    assert "resuming" not in anew.err
+    assert resumed.out != anew.out
+    assert digest(registry, resumed.out) == digest(registry, anew.out)
+    assert registry.verify() == []
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(
+    fork: Start, prufed: Call, registry: Registry, prufed_home: Path, slow: tuple[object, ...]
+) -> None:
+    """Also between two blocks, where a file may be half written."""
+    for moment in (0.0, 0.05, 0.2):
+        child = fork(*slow)
+        before = finished(prufed_home)
+        wait_for(child, lambda before=before: finished(prufed_home) > before)
+        time.sleep(moment)
+        if child.poll() is not None:
+            break
+        kill(child)
+    made = prufed(*slow)
+    assert digest(registry, made.out) == digest(registry, prufed(*slow, "--force").out)
+    assert not (prufed_home / "prunes").exists()
+
+
+def test_other_arguments_begin_anew_and_are_not_mixed(
+    fork: Start, prufed: Call, registry: Registry, prufed_home: Path, slow: tuple[object, ...]
+) -> None:
+    child = fork(*slow)
+    wait_for(child, lambda: finished(prufed_home) >= 2)
+    kill(child)
+    other = [0.6 if argument == "0.5" else argument for argument in slow]
+    made = prufed(*other)
+    assert "resuming" not in made.err
+    assert finished(prufed_home) >= 2  # what was begun is still there
+    assert digest(registry, made.out) == digest(registry, prufed(*other, "--force").out)
+    assert "resuming" in prufed(*slow).err
+
+
+def test_interrupted_says_that_the_same_command_goes_on(
+    fork: Start, prufed: Call, registry: Registry, prufed_home: Path, slow: tuple[object, ...]
+) -> None:
+    child = fork(*slow)
+    wait_for(child, lambda: finished(prufed_home) >= 1)
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate()
+    assert (child.returncode, out) == (130, "")
+    done = finished(prufed_home)
+    last = f"interrupted; the same command goes on after block {done} of 4"
+    assert err.splitlines()[-1] == last
+    assert f"resuming after block {done} of 4" in prufed(*slow).err
+
+
+def test_two_processes_do_not_share_the_work(
+    fork: Start, prufed: Call, registry: Registry, prufed_home: Path, slow: tuple[object, ...]
+) -> None:
+    child = fork(*slow)
+    wait_for(child, lambda: finished(prufed_home) >= 1)
+    prufed(*slow).refused(1, "another process makes this sub-model right now")
+    out, _ = child.communicate()
+    assert out == "tiny-sparsegpt-50@v1\n"
+
+
+def test_old_work_is_swept(
+    fork: Start, prufed: Call, registry: Registry, prufed_home: Path, slow: tuple[object, ...]
+) -> None:
+    child = fork(*slow)
+    wait_for(child, lambda: finished(prufed_home) >= 1)
+    kill(child)
+    (path,) = (prufed_home / "prunes").glob("*/")
+    fresh = ("prune", "--base", "tiny", "--method", "magnitude", "--sparsity", "0.5")
+    prufed(*fresh)
+    assert path.is_dir()
+    for file in (*path.iterdir(), path):
+        then = time.time() - KEPT_SECONDS - 60
+        os.utime(file, (then, then))
+    prufed(*fresh, "--force")
+    assert not path.exists()
+
+
+def test_a_method_that_fails_leaves_no_work(
+    prufed: Call, registry: Registry, prufed_home: Path, calibration_file: Path
+) -> None:
+    wanted = ("--method", "sparsegpt", "--pattern", "2:4", "--set", "damping=nan")
+    assert prufed("prune", "--base", "tiny", *wanted, "--calibration", calibration_file).code == 2
+    assert not (prufed_home / "prunes").exists()
