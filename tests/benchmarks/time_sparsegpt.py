@@ -28,7 +28,7 @@ def problem(rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """Return a weight (rows, columns) and a correlated, well-conditioned Hessian of its inputs."""
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(columns // 4, columns, generator=generator)
-    hessian = inputs.t() @ inputs / (columns // 4) + 0.5 * torch.eye(columns)
+    hessian = inputs.t() @ inputs / (columns // 4) + 2.0 * torch.eye(columns)
     return 0.02 * torch.randn(rows, columns, generator=generator), hessian
 
 

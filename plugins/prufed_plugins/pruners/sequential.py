@@ -116,6 +116,10 @@ class ElementPruner(Generic[S]):
         names = self._check(decoder, [target])
         return self._surveyed(decoder, calibration, names, [target], progress)[0]
 
+    def statistic_bytes(self, columns: int) -> int:
+        """Return how much memory is kept of an input with so many columns."""
+        return 4 * columns if self.needs_calibration else 0
+
     def _run(
         self,
         decoder: Decoder,

@@ -76,6 +76,10 @@ class SparseGPT(ElementPruner[InputHessian]):
             lambda columns, device: InputHessian(columns, device, params.damping),
         )
 
+    def statistic_bytes(self, columns: int) -> int:
+        """Return the size of a Hessian; it is factored in place."""
+        return 4 * columns * columns
+
 
 @dataclass(frozen=True)
 class _Rule:
