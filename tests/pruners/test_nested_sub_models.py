@@ -127,6 +127,25 @@ def test_every_block_is_calibrated_with_dense_activations(
         assert last.report["error"] == pytest.approx(error, rel=1e-3)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_conv1d_in_half_precision_keeps_its_layout_and_dtype(
+    method: str, gpt2: Any, ids: Tensor
+) -> None:
+    gpt2.to(torch.bfloat16)
+    before = {name: value.clone() for name, value in gpt2.state_dict().items()}
+    targets = [PruneTarget(sparsity=sparsity) for sparsity in (0.0, 0.25, 0.5)]
+    run = build("pruner", method, {}).prune_nested(
+        open_decoder(gpt2), [ids], targets, lambda *_: None
+    )
+    for dense, quarter, half in run:
+        assert dense.mask.all()
+        assert torch.equal(dense.weight, before[dense.name])
+        assert half.weight.dtype == torch.bfloat16
+        assert half.weight.shape == half.mask.shape == before[half.name].shape
+        assert bool((half.mask <= quarter.mask).all())
+        assert 2 * int(half.mask.sum()) == half.mask.numel()
+
+
 @pytest.mark.parametrize(
     "targets",
     [

@@ -18,7 +18,13 @@ from prufed_plugins.discover import build
 @pytest.mark.parametrize("target", [PruneTarget(sparsity=0.5), PruneTarget(pattern=(2, 4))])
 @pytest.mark.parametrize(
     ("method", "settings"),
-    [("magnitude", {}), ("magnitude", {"group": "global"}), ("wanda", {}), ("sparsegpt", {})],
+    [
+        ("magnitude", {}),
+        ("magnitude", {"group": "global"}),
+        ("wanda", {}),
+        ("sparsegpt", {}),
+        ("sparsegpt", {"threshold": "reference"}),
+    ],
 )
 def test_masks_agree_with_the_cpu(
     llama: Any, ids: Tensor, method: str, settings: dict[str, object], target: PruneTarget

@@ -8,9 +8,10 @@ formed: with D = W − W' on the finished columns, the columns B of the next blo
 
     W_B + (D[:, :i1] · R[:i1, B]) · R_BB⁻¹
 
-which is what the pushed errors would have made of them. Matrices are kept transposed, so that a
-column of W is contiguous, and inside a block each column gathers the errors before it when its turn
-comes instead of being rewritten after every one.
+which is what the pushed errors would have made of them. Most of that product is taken for a panel
+of several blocks at once. Matrices are kept transposed, so that a column of W is contiguous, and
+inside a block each column gathers the errors before it when its turn comes instead of being
+rewritten after every one.
 """
 
 from __future__ import annotations
@@ -83,19 +84,25 @@ class SparseGPT(ElementPruner[InputHessian]):
 
 @dataclass(frozen=True)
 class _Rule:
-    """How the entries of a block of columns are selected.
+    """How the entries of some columns are selected.
 
     Attributes:
         target: sparsity or pattern.
         threshold: how a sparsity is counted.
-        free: bool (block, 1), columns whose entries cost nothing; None where there are none.
-        forced: bool (block, rows), entries that must go; None where there are none.
+        free: bool (columns, 1), columns whose entries cost nothing; None where there are none.
+        forced: bool (columns, rows), entries that must go; None where there are none.
     """
 
     target: PruneTarget
     threshold: Threshold
     free: Tensor | None
     forced: Tensor | None
+
+    def of(self, part: slice) -> _Rule:
+        """Return the rule of fewer columns."""
+        free = None if self.free is None else self.free[part]
+        forced = None if self.forced is None else self.forced[part]
+        return _Rule(self.target, self.threshold, free, forced)
 
 
 def choose(
@@ -126,44 +133,58 @@ def choose(
     Returns:
         The choice. Its squared error is ½·tr(D·H·Dᵀ) with D = W − W' and H undamped.
     """
-    width = _block_width(block_size, target)
-    dead = factor.dead if bool(factor.dead.any()) else None
-    wiped = dead if threshold == "reference" else None
+    wiped = threshold == "reference" and bool(factor.dead.any())
     values = weight.t().contiguous()  # (columns, rows)
-    if wiped is not None:
-        values.masked_fill_(wiped[:, None], 0.0)
-    pruned = torch.empty_like(values, dtype=torch.bool)
-    # D of the finished columns; of the others, what the finished ones push onto them: Rᵀ·D
-    change = torch.empty_like(values)
-    costs = torch.zeros_like(factor.upper[0])
-    for panel in _forwards(0, values.shape[0], max(PANEL // width, 1) * width):
-        torch.mm(factor.upper[: panel.start, panel].t(), change[: panel.start], out=change[panel])
-        for part in _forwards(panel.start, panel.stop, width):
-            pushed, done = change[part], slice(panel.start, part.start)
-            pushed.addmm_(factor.upper[done, part].t(), change[done])
-            inverse = inverse_of_upper(factor.upper[part, part])  # U_BB
-            current = torch.addmm(values[part], inverse.t(), pushed)
-            rule = _Rule(
-                target,
-                threshold,
-                None if dead is None else dead[part, None],
-                None if forced is None else forced[:, part].t(),
-            )
-            with _one_thread():
-                errors, pruned[part] = _prune_block(current, inverse, rule)
-            torch.sub(values[part], current, out=pushed)
-            values[part] = current
-            costs[part] = _squares(errors)
-    costs -= factor.added * _squares(change)
+    if wiped:
+        values.masked_fill_(factor.dead[:, None], 0.0)
+    rule = _Rule(
+        target,
+        threshold,
+        factor.dead[:, None] if bool(factor.dead.any()) else None,
+        None if forced is None else forced.t(),
+    )
+    pruned, costs = _sweep(values, factor, rule, _block_width(block_size, target))
     report = {"damping": factor.damping, "dead_channels": float(factor.dead.sum())}
     if factor.retries:
         report["damping_retries"] = float(factor.retries)
-    if wiped is not None:
-        pruned |= wiped[:, None]
+    if wiped:
+        pruned |= factor.dead[:, None]
     if not bool(pruned.any()):
         return Choice(pruned.t(), squared_error=0.0, report=report)
     squared_error = max(float(costs[~factor.dead].sum()) / 2, 0.0)
     return Choice(pruned.t(), values.t(), squared_error, report)
+
+
+def _sweep(values: Tensor, factor: Factor, rule: _Rule, width: int) -> tuple[Tensor, Tensor]:
+    """Prune all columns in place, block after block.
+
+    Args:
+        values: Wᵀ, (columns, rows); overwritten with W'ᵀ.
+        factor: R.
+        rule: what to select.
+        width: columns of a block.
+
+    Returns:
+        The pruned entries (columns, rows), and each column's share of tr(D·H·Dᵀ), (columns,).
+    """
+    upper = factor.upper
+    pruned = torch.empty_like(values, dtype=torch.bool)
+    # D of the finished columns; of the others, what the finished ones push onto them: Rᵀ·D
+    change = torch.empty_like(values)
+    costs = torch.zeros_like(upper[0])
+    for panel in _forwards(0, values.shape[0], max(PANEL // width, 1) * width):
+        torch.mm(upper[: panel.start, panel].t(), change[: panel.start], out=change[panel])
+        for part in _forwards(panel.start, panel.stop, width):
+            pushed, done = change[part], slice(panel.start, part.start)
+            pushed.addmm_(upper[done, part].t(), change[done])
+            inverse = inverse_of_upper(upper[part, part])  # U_BB
+            current = torch.addmm(values[part], inverse.t(), pushed)
+            with _one_thread():
+                errors, pruned[part] = _prune_block(current, inverse, rule.of(part))
+            torch.sub(values[part], current, out=pushed)
+            values[part] = current
+            costs[part] = _squares(errors)
+    return pruned, costs - factor.added * _squares(change)
 
 
 @contextmanager
@@ -194,7 +215,7 @@ def _prune_block(current: Tensor, inverse: Tensor, rule: _Rule) -> tuple[Tensor,
     pattern = rule.target.pattern
     if pattern is None:
         group = GATHERED
-        pruned = _select(_scores(current, diagonal, rule, slice(None)), rule)
+        pruned = _select(_scores(current, diagonal, rule), rule)
     else:
         group = pattern[1]
         pruned = torch.empty_like(current, dtype=torch.bool)
@@ -205,19 +226,19 @@ def _prune_block(current: Tensor, inverse: Tensor, rule: _Rule) -> tuple[Tensor,
             part = slice(start, start + group)
             _gather(current, errors, inverse, range(first, start), part)
             if pattern is not None:
-                scores = _scores(current[part], diagonal[part], rule, part)
+                scores = _scores(current[part], diagonal[part], rule.of(part))
                 pruned[part] = smallest_members(scores, min(pattern[0], scores.shape[0]))
             _prune_columns(current[part], inverse[part, part], pruned[part], errors[part])
     return errors, pruned
 
 
-def _scores(current: Tensor, diagonal: Tensor, rule: _Rule, part: slice) -> Tensor:
+def _scores(current: Tensor, diagonal: Tensor, rule: _Rule) -> Tensor:
     """Return what removing each entry costs, (columns, rows); the least goes first."""
     scores = current.square().div_(diagonal.square())
     if rule.free is not None:
-        scores.masked_fill_(rule.free[part], 0.0)
+        scores.masked_fill_(rule.free, 0.0)
     if rule.forced is not None:
-        scores.masked_fill_(rule.forced[part], -1.0)
+        scores.masked_fill_(rule.forced, -1.0)
     return scores
 
 
