@@ -25,8 +25,8 @@ from torch import Tensor, nn
 class Hessian:
     """2·XXᵀ/n over sequences, rescaled as each one comes."""
 
-    def __init__(self, columns: int) -> None:
-        self.matrix = torch.zeros(columns, columns)
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.matrix = torch.zeros(columns, columns, device=device)
         self.sequences = 0
 
     def add(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -69,7 +69,7 @@ def prune(model: Any, tokens: Tensor, sparsity: float) -> None:
     states = first.hidden
     for block in blocks:
         linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
-        hessians = {name: Hessian(module.in_features) for name, module in linears.items()}
+        hessians = {n: Hessian(m.in_features, m.weight.device) for n, m in linears.items()}
         handles = [
             module.register_forward_hook(hessians[name].add) for name, module in linears.items()
         ]

@@ -74,6 +74,6 @@ def select(scores: Tensor, sparsity: float, exact: bool) -> Tensor:
     if not exact:
         return scores <= scores.flatten().sort().values[int(scores.numel() * sparsity)]
     order = torch.sort(scores.flatten(), stable=True).indices
-    chosen = torch.zeros(scores.numel(), dtype=torch.bool)
+    chosen = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
     chosen[order[: int(sparsity * scores.numel())]] = True
     return chosen.reshape(scores.shape)
