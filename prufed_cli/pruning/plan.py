@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 _COPIES = 5
 """Float32 copies of the matrix at hand: its values, their changes, scores, errors, and a spare."""
-_FACTORS = 3
-"""Matrices of the size of a Hessian that its factorization needs besides those of the block."""
+_FACTORS = 1
+"""Statistics of the largest input that are held besides those of the block, to work with them."""
 
 
 @dataclass(frozen=True)

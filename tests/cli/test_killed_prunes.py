@@ -105,6 +105,30 @@ def test_killed_again_and_again(
     assert not (prufed_home / "prunes").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "extra",
+    [("--set", "layer_ratio=owl"), ("--nested", "--sparsity", "0.25,0.5")],
+    ids=["owl", "nested"],
+)
+def test_surveys_and_nested_sub_models_go_on_too(
+    fork: Start,
+    prufed: Call,
+    registry: Registry,
+    prufed_home: Path,
+    slow: tuple[object, ...],
+    extra: tuple[str, ...],
+) -> None:
+    child = fork(*slow, *extra)
+    wait_for(child, lambda: finished(prufed_home) >= 2)
+    kill(child)
+    resumed = prufed(*slow, *extra)
+    assert "resuming after block" in resumed.err
+    anew = prufed(*slow, *extra, "--force")
+    for one, other in zip(resumed.out.split(), anew.out.split(), strict=True):
+        assert digest(registry, one) == digest(registry, other)
+
+
 def test_other_arguments_begin_anew_and_are_not_mixed(
     fork: Start, prufed: Call, registry: Registry, prufed_home: Path, slow: tuple[object, ...]
 ) -> None:

@@ -6,8 +6,10 @@ import json
 import resource
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -32,12 +34,19 @@ from prufed_cli.models.decoder import open_decoder
 from prufed_cli.models.skeleton import open_skeleton
 from prufed_cli.models.slicing import slice_layers
 from prufed_cli.models.streaming import StreamedDecoder
-from prufed_cli.pruning import PruneRequest, prune, prune_several
+from prufed_cli.progress import Reporter
+from prufed_cli.pruning import (
+    PruneRequest,
+    at_sparsities,
+    plan_prune,
+    prune,
+    prune_several,
+)
 from prufed_cli.pruning.job import Options
 from prufed_cli.pruning.scores import streamed_perplexity
 from prufed_plugins.api import PruneTarget
 from prufed_plugins.discover import build
-from prufed_plugins.masks import save_masks
+from prufed_plugins.masks import load_masks, save_masks
 from prufed_registry import Artifact, Registry
 from prufed_registry.errors import InvalidRequest, RegistryError
 
@@ -121,8 +130,6 @@ def test_a_sliced_model_has_the_bytes_transformers_gives_it(
 def test_a_sliced_sub_model_keeps_the_masks_of_its_layers(
     llama: Any, saved: Save, text: Path, registry: Registry
 ) -> None:
-    from prufed_plugins.masks import load_masks
-
     masked = prune(request(saved(llama), text, method="magnitude"), device="cpu").artifact
     wanted = PruneRequest(base=masked.ref, method="explicit", settings={"layers": [1, 4]})
     sliced = prune(wanted, device="cpu").artifact
@@ -295,6 +302,61 @@ def test_several_sparsities_share_one_calibration_text(
     assert all(one.reused for one in prune_several(requests, device="cpu"))
 
 
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
+def test_nested_sub_models_come_from_one_pass_and_lie_inside_one_another(
+    llama: Any, saved: Save, text: Path, method: str
+) -> None:
+    base = saved(llama)
+    requests = at_sparsities(request(base, text, method=method, name="tier"), [0.25, 0.5, 0.75])
+    made = prune_several(requests, nested=True, device="cpu")
+    assert [one.artifact.ref for one in made] == ["tier-25@v1", "tier-50@v1", "tier-75@v1"]
+    masks = [load_masks(one.artifact.path / MASKS_FILE) for one in made]
+    for name in masks[0]:
+        for smaller, larger in pairwise(masks):
+            assert not bool((larger[name] & ~smaller[name]).any()), name
+    assert made[1].artifact.manifest.recipe["nested"] == [0.25, 0.5, 0.75]
+    for one, found in zip(made, masks, strict=True):
+        weights = load_file(one.artifact.path / "model.safetensors")
+        assert all(not bool(weights[name][~mask].any()) for name, mask in found.items())
+    assert all(one.reused for one in prune_several(requests, nested=True, device="cpu"))
+    alone = prune(replace(requests[0], name=None), device="cpu")
+    assert not alone.reused
+
+
+def test_nested_needs_a_method_that_can_and_several_sparsities(
+    llama: Any, saved: Save, text: Path
+) -> None:
+    base = saved(llama)
+    for method, sparsities, words in (
+        ("top", [0.25, 0.5], "cannot make sub-models that lie inside one another"),
+        ("wanda", [0.5], "--nested needs several sparsities"),
+    ):
+        requests = at_sparsities(request(base, text, method=method), sparsities)
+        with pytest.raises(PrufedError, match=words):
+            prune_several(requests, nested=True, device="cpu")
+
+
+def test_compat_stands_for_the_published_threshold(llama: Any, saved: Save, text: Path) -> None:
+    base = saved(llama)
+    made = prune(request(base, text, method="wanda", compat="reference"), device="cpu")
+    assert made.artifact.manifest.recipe["params"]["threshold"] == "reference"
+    with pytest.raises(PrufedError, match="top has no published code"):
+        prune(request(base, text, method="top", compat="reference"), device="cpu")
+    settings = {"threshold": "exact"}
+    with pytest.raises(PrufedError, match="exclude each other"):
+        prune(request(base, text, compat="reference", settings=settings), device="cpu")
+
+
+def test_excluded_blocks_stay_as_they_are(llama: Any, saved: Save, text: Path) -> None:
+    base = saved(llama)
+    settings = {"include": "model.layers.3.*"}
+    made = prune(request(base, text, method="magnitude", settings=settings), device="cpu").artifact
+    before, after = (load_file(one / "model.safetensors") for one in (base, made.path))
+    for name, value in before.items():
+        pruned = name.startswith("model.layers.3.") and "proj" in name
+        assert torch.equal(value, after[name]) != pruned, name
+
+
 # --- bad input -----------------------------------------------------------------------------------
 
 
@@ -337,6 +399,45 @@ def test_a_sparse_format_is_refused_with_the_reason(llama: Any, saved: Save, tex
     (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(InvalidRequest, match="sparse-bitmask', which transformers would pass over"):
         prune(request(base, text, method="magnitude"), device="cpu")
+
+
+def test_few_tokens_are_told_with_the_number_to_use(
+    new_model: Callable[..., Any], saved: Save, text: Path
+) -> None:
+    class Heard(Reporter):
+        warnings: ClassVar[list[str]] = []
+
+        def warn(self, message: str) -> None:
+            self.warnings.append(message)
+
+    wanted = request(saved(new_model("llama")), text, samples=1, length=24)
+    prune(wanted, device="cpu", reporter=Heard())
+    assert len(Heard.warnings) == 1
+    assert (
+        "24 calibration tokens are fewer than the 48 columns of model.layers.0."
+        in (Heard.warnings[0])
+    )
+    assert "--samples 2" in Heard.warnings[0]
+    prune(replace(wanted, method="wanda"), device="cpu", reporter=Heard())
+    assert len(Heard.warnings) == 1
+
+
+def test_too_little_memory_is_refused_with_the_figure(
+    llama: Any, saved: Save, text: Path, registry: Registry
+) -> None:
+    wanted = request(saved(llama), text)
+    with pytest.raises(PrufedError, match=r"more than the 1 KB there may be") as refusal:
+        prune(wanted, device="cpu", max_memory=1000)
+    assert "--max-memory 1MB" in str(refusal.value.hint)
+    plan = plan_prune([wanted], device="cpu")
+    tight = plan_prune([wanted], device="cpu", max_memory=plan.least + 1)
+    assert not plan.in_file
+    assert tight.in_file
+    assert tight.peak < plan.peak
+    assert plan.activations == 5 * 24 * 32 * 4
+    one = prune(wanted, device="cpu")
+    other = prune(wanted, device="cpu", max_memory=plan.least + 1, force=True)
+    assert one.artifact.digest == other.artifact.digest
 
 
 def test_a_tokenizer_of_another_model(
