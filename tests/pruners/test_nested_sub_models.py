@@ -127,6 +127,30 @@ def test_every_block_is_calibrated_with_dense_activations(
         assert last.report["error"] == pytest.approx(error, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("wanda", {"layer_ratio": "owl"}), ("magnitude", {"group": "global"}), ("wanda", {})],
+)
+def test_one_survey_serves_every_target(method: str, options: dict[str, str]) -> None:
+    pruner = build("pruner", method, options)
+    targets = [PruneTarget(sparsity=sparsity) for sparsity in (0.2, 0.4, 0.8)]
+    calls: list[int] = []
+
+    def progress(what: str, done: int, total: int) -> None:
+        calls.append(done)
+
+    together = pruner.survey_nested(TinyDecoder(), tokens(), targets, progress)
+    seen = len(calls)
+    alone = [pruner.survey(TinyDecoder(), tokens(), target, progress) for target in targets]
+    assert list(together) == alone
+    assert len(calls) == seen + 3 * seen
+    assert (together[0].per_matrix is None) == (not options)
+    given = pruner.prune_nested(TinyDecoder(), tokens(), together, lambda *_: None)
+    asked = pruner.prune_nested(TinyDecoder(), tokens(), targets, lambda *_: None)
+    for one, other in zip(given, asked, strict=True):
+        assert all(torch.equal(a.mask, b.mask) for a, b in zip(one, other, strict=True))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_conv1d_in_half_precision_keeps_its_layout_and_dtype(
     method: str, gpt2: Any, ids: Tensor

@@ -113,8 +113,22 @@ class ElementPruner(Generic[S]):
         Raises:
             MethodError: as :meth:`prune`.
         """
-        names = self._check(decoder, [target])
-        return self._surveyed(decoder, calibration, names, [target], progress)[0]
+        return self.survey_nested(decoder, calibration, [target], progress)[0]
+
+    def survey_nested(
+        self,
+        decoder: Decoder,
+        calibration: Sequence[Tensor] | None,
+        targets: Sequence[PruneTarget],
+        progress: Progress,
+    ) -> Sequence[PruneTarget]:
+        """Return what :meth:`survey` returns for each target, looking at the model once.
+
+        Raises:
+            MethodError: as :meth:`prune`.
+        """
+        names = self._check(decoder, targets)
+        return self._surveyed(decoder, calibration, names, targets, progress)
 
     def statistic_bytes(self, columns: int) -> int:
         """Return how much memory is kept of an input with so many columns."""
