@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -23,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prufed_plugins.errors import MethodError
+from prufed_plugins.tensor_files import Entries, TensorFile
 
 FactorMask = Literal["none", "nested", "magnitude", "rank", "structured"]
 """Where a client's LoRA factors are zero (LEGO, 2410.18287, readings R1, R2, R5, R6)."""
@@ -215,20 +215,29 @@ def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
         MethodError: ``packed`` is not uint8, has another length than ``shape`` asks for, or has
             bits set beyond the last entry.
     """
+    _check_packed(packed.dtype, tuple(packed.shape), shape)
+    bits = np.unpackbits(packed.cpu().contiguous().numpy(), bitorder="little").view(np.bool_)
     size = math.prod(shape)
-    if packed.dtype != torch.uint8 or tuple(packed.shape) != ((size + 7) // 8,):
+    _check_rest(bits[size:], shape)
+    return torch.from_numpy(bits[:size]).reshape(tuple(shape))
+
+
+def _check_packed(dtype: torch.dtype, stored: tuple[int, ...], shape: Sequence[int]) -> None:
+    size = (math.prod(shape) + 7) // 8
+    if dtype != torch.uint8 or stored != (size,):
         raise MethodError(
-            f"a packed mask of shape {list(shape)} takes {(size + 7) // 8} bytes, "
-            f"not {list(packed.shape)} of {packed.dtype}",
+            f"a packed mask of shape {list(shape)} takes {size} bytes, "
+            f"not {list(stored)} of {dtype}",
             "the mask file is damaged; prune the base again",
         )
-    bits = np.unpackbits(packed.cpu().contiguous().numpy(), bitorder="little")
-    if bits[size:].any():
+
+
+def _check_rest(bits: np.ndarray[Any, Any], shape: Sequence[int]) -> None:
+    if bits.any():
         raise MethodError(
             f"a packed mask of shape {list(shape)} has bits beyond its last entry",
             "the mask file is damaged; prune the base again",
         )
-    return torch.from_numpy(bits[:size].astype(np.bool_)).reshape(tuple(shape))
 
 
 def save_masks(path: Path, masks: Mapping[str, Tensor]) -> None:
@@ -261,10 +270,16 @@ class MaskFile(Mapping[str, Tensor]):
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with self._open() as file:
-            self._shapes = _stated_shapes(path, file.metadata())
-            odd = sorted(self._shapes.keys() ^ set(file.keys()))
-        if odd:
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
+        except (OSError, SafetensorError) as error:
+            raise MethodError(
+                f"cannot read masks from {path}: {error}", "prune the base again"
+            ) from error
+        self._packed = TensorFile(path)
+        self._shapes = _stated_shapes(path, metadata)
+        if odd := sorted(self._shapes.keys() ^ set(self._packed)):
             raise MethodError(
                 f"{path} and its stated shapes differ in {', '.join(odd[:3])}",
                 "prune the base again",
@@ -277,24 +292,34 @@ class MaskFile(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         shape = self._shapes[name]
-        with self._open() as file:
-            return unpack(file.get_tensor(name), shape)
+        return unpack(self._packed[name], shape)
+
+    def entries(self, name: str) -> Entries:
+        """Return one mask to be read piece by piece.
+
+        Raises:
+            KeyError: there is no such mask.
+            MethodError: it is damaged.
+        """
+        shape = self._shapes[name]
+        packed = self._packed.entries(name)
+        _check_packed(packed.dtype, packed.shape, shape)
+
+        def read(start: int, stop: int) -> Tensor:
+            first = start // 8
+            piece = packed.read(first, (stop + 7) // 8)
+            bits = np.unpackbits(piece.numpy(), bitorder="little").view(np.bool_)
+            if stop == math.prod(shape):
+                _check_rest(bits[stop - 8 * first :], shape)
+            return torch.from_numpy(bits[start - 8 * first : stop - 8 * first])
+
+        return Entries(torch.bool, tuple(shape), read)
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._shapes))
 
     def __len__(self) -> int:
         return len(self._shapes)
-
-    @contextmanager
-    def _open(self) -> Iterator[Any]:
-        try:
-            with safe_open(self._path, framework="pt") as file:
-                yield file
-        except (OSError, SafetensorError) as error:
-            raise MethodError(
-                f"cannot read masks from {self._path}: {error}", "prune the base again"
-            ) from error
 
 
 def load_masks(path: Path) -> dict[str, Tensor]:

@@ -2,23 +2,28 @@
 
 ``safetensors.safe_open`` maps the file: what has been read stays resident for as long as the file
 is open, and opening it anew for every tensor parses the header every time. A merge over many
-clients wants neither, so the header is parsed once and each access reads its own bytes.
+clients wants neither, so the header is parsed once and each access reads its own bytes, into memory
+that an earlier tensor no longer needs.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prufed_plugins.errors import MethodError
+from prufed_plugins.memory import scratch
 
 _DTYPES: Final[Mapping[str, torch.dtype]] = {
     "F64": torch.float64,
@@ -40,6 +45,42 @@ class _Entry(NamedTuple):
     shape: tuple[int, ...]
     begin: int  # in bytes, after the header
     end: int
+
+
+@dataclass(frozen=True)
+class Entries:
+    """A tensor that is read piece by piece.
+
+    Attributes:
+        dtype: of its entries.
+        shape: what it is as a whole.
+        read: returns the entries from one index to before another, in row-major order.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[int, int], Tensor]
+
+
+def entries_of(tensors: Mapping[str, Tensor], name: str) -> Entries | None:
+    """Return one of the tensors to be read piece by piece; None where it can only be had whole.
+
+    A mapping that reads from disk says how with a method ``entries(name)`` like
+    :meth:`TensorFile.entries`.
+
+    Raises:
+        KeyError: there is no such tensor.
+        MethodError: it cannot be read.
+    """
+    method = getattr(tensors, "entries", None)
+    if method is not None:
+        found: Entries = method(name)
+        return found
+    if not isinstance(tensors, dict):
+        return None
+    tensor: Tensor = tensors[name]
+    flat = tensor.detach().cpu().reshape(-1)
+    return Entries(tensor.dtype, tuple(tensor.shape), lambda start, stop: flat[start:stop])
 
 
 class TensorFile(Mapping[str, Tensor]):
@@ -74,19 +115,38 @@ class TensorFile(Mapping[str, Tensor]):
             KeyError: the file has no such tensor.
             MethodError: the file has become shorter or unreadable, or the dtype is not supported.
         """
-        dtype, shape, begin, end = self._entries[name]
-        if dtype not in _DTYPES:
+        entries = self.entries(name)
+        return entries.read(0, math.prod(entries.shape)).reshape(entries.shape)
+
+    def entries(self, name: str) -> Entries:
+        """Return one tensor to be read piece by piece.
+
+        Raises:
+            KeyError: the file has no such tensor.
+            MethodError: the dtype is not supported; on reading, the file has become shorter or
+                unreadable.
+        """
+        stated, shape, begin, _ = self._entries[name]
+        if stated not in _DTYPES:
             raise MethodError(
-                f"{name} in {self._path} has dtype {dtype}", "save it as F32, F16 or BF16"
+                f"{name} in {self._path} has dtype {stated}", "save it as F32, F16 or BF16"
             )
-        data = torch.empty(end - begin, dtype=torch.uint8)
-        try:
-            _read_into(data.numpy().data, self._path, self._start + begin)
-        except OSError as error:
-            raise MethodError(
-                f"cannot read {name} from {self._path}: {error}", "make the adapter again"
-            ) from error
-        return data.view(_DTYPES[dtype]).reshape(shape)
+        dtype = _DTYPES[stated]
+        width, begin = dtype.itemsize, self._start + begin
+
+        def read(start: int, stop: int) -> Tensor:
+            if start == stop:
+                return torch.empty(0, dtype=dtype)
+            memory = scratch([(stop - start) * width], np.uint8)
+            try:
+                _read_into(memory.data, self._path, begin + start * width)
+            except OSError as error:
+                raise MethodError(
+                    f"cannot read {name} from {self._path}: {error}", "make the adapter again"
+                ) from error
+            return torch.from_numpy(memory).view(dtype)
+
+        return Entries(dtype, shape, read)
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries

@@ -13,8 +13,8 @@ from prufed_cli.models.adapter_files import WEIGHTS_FILE, load_adapter, save_ada
 from prufed_cli.models.adapters import AdapterSpec
 from prufed_cli.models.layer_names import to_global
 from prufed_plugins.api import Update
-from prufed_plugins.masks import digest, load_masks, save_masks
-from prufed_plugins.tensor_files import TensorFile
+from prufed_plugins.masks import MaskFile, digest, load_masks, save_masks
+from prufed_plugins.tensor_files import Entries, TensorFile
 from prufed_registry import Parent
 
 if TYPE_CHECKING:
@@ -28,14 +28,18 @@ _PREFIX: Final = "base_model.model."
 
 
 class GlobalNames(Mapping[str, Tensor]):
-    """A client adapter's tensors by the full model's names, read from disk on each access."""
+    """A client adapter's tensors or masks by the full model's names, read on each access."""
 
-    def __init__(self, artifact: Artifact, kept_layers: tuple[int, ...]) -> None:
-        self._file = TensorFile(artifact.path / WEIGHTS_FILE)
-        self._keys = {to_global(key.removeprefix(_PREFIX), kept_layers): key for key in self._file}
+    def __init__(self, file: TensorFile | MaskFile, kept_layers: tuple[int, ...]) -> None:
+        self._file = file
+        self._keys = {to_global(key.removeprefix(_PREFIX), kept_layers): key for key in file}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._file[self._keys[name]]
+
+    def entries(self, name: str) -> Entries:
+        """Return one of them to be read piece by piece."""
+        return self._file.entries(self._keys[name])
 
     def __contains__(self, name: object) -> bool:
         return name in self._keys  # Mapping's own would read the tensor to find out
@@ -126,11 +130,12 @@ def publish_global(
 
 
 def read_update(client: Client, artifact: Artifact, base_round: int) -> Update:
-    """Return what the server merges for one client; its tensors stay on disk."""
+    """Return what the server merges for one client; its tensors and masks stay on disk."""
+    masks = artifact.path / FACTOR_MASKS_FILE
     return Update(
         client=client.name,
-        tensors=GlobalNames(artifact, client.kept_layers),
-        masks=client.globally(read_masks(artifact)) or None,
+        tensors=GlobalNames(TensorFile(artifact.path / WEIGHTS_FILE), client.kept_layers),
+        masks=GlobalNames(MaskFile(masks), client.kept_layers) if masks.is_file() else None,
         samples=len(client.plan.rows),
         rank=client.spec.r,
         scaling=client.spec.scaling,

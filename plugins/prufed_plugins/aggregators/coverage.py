@@ -9,23 +9,29 @@ LEGO's HeteAgg (2410.18287, Algorithm 2), PruFed, FedSpaLLM's ℓ0 mean (2410.14
 and HetLoRA are this formula under different masks, weights and fallbacks.
 
 Sums are float64 whatever the clients send and are cast once at the end. They are additive, so
-memory does not depend on the number of clients, and any split of a tensor gives the same result.
+memory does not depend on the number of clients, and any split of a tensor gives the same result:
+where the clients' files can be read piece by piece, sums are taken over pieces that stay in the
+processor's cache from one client to the next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from prufed_plugins.api import Merged, Part
+from prufed_plugins.memory import scratch, zeros
 
 Fallback = Literal["keep", "zero"]
 """What an entry that too few clients have becomes: its old value, or 0 as in Algorithm 2."""
+
+RUN: Final = 2**16
+"""Entries of a piece: their sums, in float64, and what one client sends of them."""
 
 _BITS: Final = {torch.float32: torch.int32, torch.float64: torch.int64}
 
@@ -45,13 +51,55 @@ class GlobalShare:
     masks: Mapping[str, Tensor | None]
 
 
+class Reader(Protocol):
+    """Reads one client's share of one tensor, piece by piece, checked as in :class:`Part`."""
+
+    @property
+    def client(self) -> str:
+        """The client's name."""
+
+    def read(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """Return the entries from ``start`` to before ``stop`` and their mask, both flat.
+
+        Raises:
+            UpdateError: an entry that exists is NaN or infinite.
+        """
+
+
+@runtime_checkable
+class InPieces(Protocol):
+    """Parts of a module that can be read piece by piece too."""
+
+    def readers(self, key: str) -> Sequence[Reader] | None:
+        """Return a reader per client; None where some client's tensor can only be had whole."""
+
+
+@dataclass(frozen=True)
+class _Mean:
+    """What the mean is of: the arguments of :func:`coverage_mean` by those names."""
+
+    weights: Mapping[str, float]
+    min_count: int
+    fallback: Fallback
+    include_global: GlobalShare | None
+    absent_as_zero: bool
+
+    def add(self, total: CoverageSum, client: str, values: Tensor, mask: Tensor | None) -> None:
+        """Add one client's entries."""
+        if self.absent_as_zero and mask is not None:
+            values, mask = select(values, mask), None
+        total.add(values, mask, self.weights[client])
+
+
 class CoverageSum:
     """S, C and N of one tensor."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape = shape
-        self._sum = np.zeros(shape)  # S
-        self._count = np.zeros(0, dtype=np.int32)  # N of the masked clients, once there are any
+        self._sum = zeros(shape, np.float64)  # S
+        self._count = zeros((0,), np.uint8)  # N of the masked clients, once there are any
+        self._masked = 0  # how many those are
+        self._chosen: Tensor | None = None  # one client's entries, the others cleared
         self._weight: np.ndarray[Any, Any] | None = None  # their C, where it differs from N
         self._dense_count = 0  # N and C of the clients without a mask: the same for every entry
         self._dense_weight = 0.0
@@ -72,7 +120,9 @@ class CoverageSum:
             self._dense_weight += weight
         else:
             self._add_mask(mask, weight, client)
-            tensor = select(tensor, mask)
+            if self._chosen is None or self._chosen.dtype != tensor.dtype:
+                self._chosen = torch.from_numpy(scratch(self.shape, tensor.numpy().dtype))
+            tensor = select(tensor, mask, out=self._chosen)
         self._add_values(tensor, weight)
 
     def covered(self, min_count: int = 1) -> Tensor | None:
@@ -90,39 +140,47 @@ class CoverageSum:
         if self._count.size:
             total = total + (self._count if self._weight is None else self._weight)
         covered = self.covered(min_count)
-        if covered is None:
-            return torch.from_numpy(np.divide(self._sum, total))
-        # a copy: float64 tensors would otherwise be written through
-        out = np.zeros(self.shape) if fallback is None else fallback.double().numpy().copy()
-        np.divide(self._sum, total, out=out, where=covered.numpy())
-        return torch.from_numpy(out)
+        mean = scratch(self.shape, np.float64)
+        with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0, where nothing is covered
+            np.divide(self._sum, total, out=mean)
+        if covered is not None:
+            other = 0.0 if fallback is None else fallback.double().numpy()
+            # copying what is not covered is faster than dividing only what is
+            np.copyto(mean, other, where=~covered.numpy())
+        return torch.from_numpy(mean)
 
     def _add_mask(self, mask: Tensor, weight: float, client: bool) -> None:
         present = _bytes(mask)
         if not self._count.size:
-            self._count = np.zeros(self.shape, dtype=np.int32)
+            self._count = zeros(self.shape, np.uint8)
         if self._weight is None and (weight != 1.0 or not client):
             self._weight = self._count.astype(np.float64)  # so far each counted one
         if self._weight is not None:
             self._weight += np.multiply(present, weight, dtype=np.float64)
         if client:
+            self._masked += 1
+            # the narrowest integers that hold the count: eight times faster to add to than int32
+            self._count = self._count.astype(np.min_scalar_type(self._masked), copy=False)
             self._count += present
 
     def _add_values(self, tensor: Tensor, weight: float) -> None:
         values = tensor.numpy()
         if weight != 1.0:
-            values = np.multiply(values, weight, dtype=np.float64)
+            weighted = scratch(self.shape, np.float64)
+            values = np.multiply(values, weight, out=weighted, dtype=np.float64)
         np.add(self._sum, values, out=self._sum)
 
 
-def select(tensor: Tensor, mask: Tensor) -> Tensor:
+def select(tensor: Tensor, mask: Tensor, out: Tensor | None = None) -> Tensor:
     """Return ``where(mask, tensor, 0)`` for float32 or float64.
 
     Multiplying the bit patterns by 0 or 1 keeps or clears them whatever they are, NaN included,
     and is eight times faster on a CPU than ``torch.where``.
     """
-    bits = tensor.contiguous().view(_BITS[tensor.dtype]).numpy()
-    return torch.from_numpy(np.multiply(bits, _bytes(mask))).view(tensor.dtype)
+    kept = torch.empty_like(tensor) if out is None else out
+    bits = _BITS[tensor.dtype]
+    np.multiply(tensor.contiguous().view(bits).numpy(), _bytes(mask), out=kept.view(bits).numpy())
+    return kept
 
 
 def coverage_mean(
@@ -133,27 +191,74 @@ def coverage_mean(
     min_count: int = 1,
     fallback: Fallback = "keep",
     include_global: GlobalShare | None = None,
+    absent_as_zero: bool = False,
 ) -> Merged:
     """Return the coverage-normalised mean of one module.
 
     Args:
-        parts: the clients' shares of the module; iterated once.
+        parts: the clients' shares of the module; iterated once, or read piece by piece.
         current: the global tensors before the round, by key.
         weights: w_i > 0 by client name.
         min_count: clients an entry needs to move.
         fallback: what the others become. Where the global adapter takes part they keep its value.
         include_global: lets the global adapter take part.
+        absent_as_zero: an entry that a client lacks counts, as 0.
     """
+    if include_global is not None:
+        fallback = "keep"
+    mean = _Mean(weights, min_count, fallback, include_global, absent_as_zero)
+    if isinstance(parts, InPieces):
+        readers = {key: parts.readers(key) for key in current}
+        if None not in readers.values():
+            done = {
+                key: _mean_in_pieces(mean, key, readers[key] or (), old)
+                for key, old in current.items()
+            }
+            tensors = {key: tensor for key, (tensor, _) in done.items()}
+            return _merged(tensors, {key: covered for key, (_, covered) in done.items()})
     sums = {key: CoverageSum(tuple(tensor.shape)) for key, tensor in current.items()}
     for part in parts:
         for key, total in sums.items():
-            total.add(part.tensors[key], part.masks[key], weights[part.client])
+            mean.add(total, part.client, part.tensors[key], part.masks[key])
     if include_global is not None:
-        fallback = "keep"
         for key, total in sums.items():
             mask = include_global.masks.get(key)
             total.add(as_float(current[key]), mask, include_global.weight, client=False)
     return finish(sums, current, min_count=min_count, fallback=fallback)
+
+
+def _mean_in_pieces(
+    mean: _Mean, key: str, readers: Sequence[Reader], current: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Return the mean of one tensor, in the dtype of ``current``, and where it is covered."""
+    old = current.contiguous().reshape(-1)
+    new = torch.empty_like(old)
+    coverage: list[Tensor | None] = []
+    share = mean.include_global
+    present = share.masks.get(key) if share else None
+    for start in range(0, old.numel(), RUN):
+        run = slice(start, min(start + RUN, old.numel()))
+        total = CoverageSum((run.stop - run.start,))
+        for reader in readers:
+            mean.add(total, reader.client, *reader.read(run.start, run.stop))
+        if share is not None:
+            mask = None if present is None else present.reshape(-1)[run]
+            total.add(as_float(old[run]), mask, share.weight, client=False)
+        fallback = old[run] if mean.fallback == "keep" else None
+        new[run] = total.mean(fallback, mean.min_count)
+        coverage.append(total.covered(mean.min_count))
+    return new.reshape(current.shape), _joined(coverage, current)
+
+
+def _joined(coverage: Sequence[Tensor | None], current: Tensor) -> Tensor | None:
+    """Return the coverage of a tensor from that of its pieces; None where it is every entry."""
+    if all(piece is None for piece in coverage):
+        return None
+    joined = torch.ones(current.numel(), dtype=torch.bool)
+    for index, piece in enumerate(coverage):
+        if piece is not None:
+            joined[index * RUN : index * RUN + piece.numel()] = piece
+    return joined.reshape(current.shape)
 
 
 def finish(
@@ -171,9 +276,14 @@ def finish(
         )
         for key, total in sums.items()
     }
-    entries = sum(tensor.numel() for tensor in current.values())
+    return _merged(tensors, covered)
+
+
+def _merged(tensors: dict[str, Tensor], covered: dict[str, Tensor | None]) -> Merged:
+    """Return the result, and as a diagnostic the share of entries that are covered."""
+    entries = sum(tensor.numel() for tensor in tensors.values())
     present = sum(
-        current[key].numel() if mask is None else int(mask.sum()) for key, mask in covered.items()
+        tensors[key].numel() if mask is None else int(mask.sum()) for key, mask in covered.items()
     )
     coverage = present / entries if entries else 1.0
     return Merged(tensors, {"coverage": coverage}, covered)

@@ -6,13 +6,12 @@ https://arxiv.org/abs/1602.05629; on LoRA adapters it is FedIT, https://arxiv.or
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
 from torch import Tensor
 
-from prufed_plugins.aggregators.coverage import coverage_mean, select
+from prufed_plugins.aggregators.coverage import coverage_mean
 from prufed_plugins.aggregators.weights import client_weights
 from prufed_plugins.api import GlobalState, Merged, Part, Update
 from prufed_plugins.errors import UpdateError
@@ -53,14 +52,4 @@ class FedAvg:
 
     def merge(self, module: str, parts: Iterable[Part], current: Mapping[str, Tensor]) -> Merged:
         """Return the weighted mean."""
-        return coverage_mean(_zeros_filled(parts), current, self._weights)
-
-
-def _zeros_filled(parts: Iterable[Part]) -> Iterator[Part]:
-    """Turn absent entries into zeros that count."""
-    for part in parts:
-        filled = {
-            key: tensor if (mask := part.masks[key]) is None else select(tensor, mask)
-            for key, tensor in part.tensors.items()
-        }
-        yield replace(part, tensors=filled, masks=dict.fromkeys(filled))
+        return coverage_mean(parts, current, self._weights, absent_as_zero=True)

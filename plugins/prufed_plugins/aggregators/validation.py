@@ -9,6 +9,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from prufed_plugins.api import GlobalState, Part, Update
 from prufed_plugins.errors import MethodError, UpdateError
 from prufed_plugins.masks import split_factor
 from prufed_plugins.names import in_layers
+from prufed_plugins.tensor_files import Entries, entries_of
 
 _SAME_RUN = "every client must start from this run's global adapter"
 
@@ -73,13 +76,75 @@ def load_part(update: Update, names: Mapping[str, str], state: GlobalState) -> P
     """
     tensors: dict[str, Tensor] = {}
     masks: dict[str, Tensor | None] = {}
-    factor = math.sqrt(update.scaling / state.scaling)
+    factor = _scale(update, state)
     for key, name in names.items():
         mask = read_mask(update, name)
         tensor = _finite(update.client, name, _read_tensor(update, name, state), mask)
         tensors[key] = tensor if factor == 1.0 else tensor * factor
         masks[key] = mask
     return Part(update.client, tensors, masks, update.samples, update.weight, update.rank)
+
+
+@dataclass(frozen=True)
+class Share:
+    """One client's share of one tensor, read piece by piece; otherwise as :func:`load_part`.
+
+    Attributes:
+        client: the client's name.
+        name: the tensor's global name.
+        values: the entries.
+        mask: which of them exist; None where all do.
+        factor: what brings them into the common scale.
+    """
+
+    client: str
+    name: str
+    values: Entries
+    mask: Entries | None
+    factor: float
+
+    def read(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """Return the entries from ``start`` to before ``stop`` and their mask, both flat.
+
+        Raises:
+            UpdateError: the file cannot be read, or an entry that exists is NaN or infinite.
+        """
+        try:
+            values = as_float(self.values.read(start, stop))
+            mask = self.mask.read(start, stop) if self.mask is not None else None
+        except MethodError as error:
+            raise UpdateError(self.client, error.message, error.hint) from error
+        if not is_finite(values):
+            # the error counts the bad entries of the whole tensor
+            size = math.prod(self.values.shape)
+            whole = None if self.mask is None else self.mask.read(0, size)
+            _finite(self.client, self.name, as_float(self.values.read(0, size)), whole)
+            values = values if mask is None else select(values, mask)
+        return values if self.factor == 1.0 else values * self.factor, mask
+
+
+def open_share(update: Update, name: str, state: GlobalState) -> Share | None:
+    """Return one client's share of one tensor, not read yet; None where it can only be had whole.
+
+    Raises:
+        UpdateError: a shape or dtype is wrong, or a file cannot be read.
+    """
+    mask = None
+    try:
+        values = entries_of(update.tensors, name)
+        if update.masks is not None:
+            with suppress(KeyError):  # as in read_mask
+                mask = entries_of(update.masks, name)
+                if mask is None:
+                    return None
+    except MethodError as error:
+        raise UpdateError(update.client, error.message, error.hint) from error
+    if values is None:
+        return None
+    _check_tensor(update, name, values.shape, values.dtype, state)
+    if mask is not None:
+        _check_mask(update.client, name, mask.shape, mask.dtype, values.shape)
+    return Share(update.client, name, values, mask, _scale(update, state))
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -122,15 +187,37 @@ def _read_tensor(update: Update, name: str, state: GlobalState) -> Tensor:
         tensor = update.tensors[name]
     except MethodError as error:
         raise UpdateError(update.client, error.message, error.hint) from error
+    _check_tensor(update, name, tensor.shape, tensor.dtype, state)
+    return as_float(tensor.detach().cpu())
+
+
+def _check_tensor(
+    update: Update, name: str, shape: Sequence[int], dtype: torch.dtype, state: GlobalState
+) -> None:
     expected = list(state.tensors[name].shape)
     expected[0 if split_factor(name)[1] == "A" else 1] = update.rank
-    if list(tensor.shape) != expected:
+    if list(shape) != expected:
         raise UpdateError(
-            update.client, f"{name} has shape {list(tensor.shape)}, not {expected}", _SAME_RUN
+            update.client, f"{name} has shape {list(shape)}, not {expected}", _SAME_RUN
         )
-    if not tensor.is_floating_point():
-        raise UpdateError(update.client, f"{name} has dtype {tensor.dtype}", "send it as float32")
-    return as_float(tensor.detach().cpu())
+    if not dtype.is_floating_point:
+        raise UpdateError(update.client, f"{name} has dtype {dtype}", "send it as float32")
+
+
+def _check_mask(
+    client: str, name: str, shape: Sequence[int], dtype: torch.dtype, expected: Sequence[int]
+) -> None:
+    if tuple(shape) != tuple(expected) or dtype != torch.bool:
+        raise UpdateError(
+            client,
+            f"the mask of {name} is {dtype} of shape {list(shape)}, "
+            f"not bool of shape {list(expected)}",
+            _SAME_RUN,
+        )
+
+
+def _scale(update: Update, state: GlobalState) -> float:
+    return math.sqrt(update.scaling / state.scaling)
 
 
 def read_mask(update: Update, name: str) -> Tensor | None:
@@ -149,13 +236,8 @@ def read_mask(update: Update, name: str) -> Tensor | None:
 
 def _finite(client: str, name: str, tensor: Tensor, mask: Tensor | None) -> Tensor:
     """Return the tensor if every entry that exists is finite."""
-    if mask is not None and (mask.shape != tensor.shape or mask.dtype != torch.bool):
-        raise UpdateError(
-            client,
-            f"the mask of {name} is {mask.dtype} of shape {list(mask.shape)}, "
-            f"not bool of shape {list(tensor.shape)}",
-            _SAME_RUN,
-        )
+    if mask is not None:
+        _check_mask(client, name, mask.shape, mask.dtype, tensor.shape)
     if is_finite(tensor):
         return tensor
     if mask is not None:
