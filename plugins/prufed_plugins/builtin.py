@@ -130,6 +130,119 @@ def prufed_aggregators() -> Iterator[Method]:
         summary="every layer is the mean over the clients that have it",
         paper='Bhansali et al., "PruFed: Federated Fine-Tuning of Pruned LLMs"',
     )
+    yield from _means()
+    yield from _products()
+    yield from _robust()
+    yield from _merging()
+
+
+def _means() -> Iterator[Method]:
+    """Yield the aggregators that average the factors."""
+    yield Method(
+        name="fedit",
+        target="prufed_plugins.aggregators.fedit:FedIT",
+        params=params.FedAvgParams,
+        summary="fedavg on A and on B",
+        paper="Zhang et al. 2023, https://arxiv.org/abs/2305.05644",
+    )
+    yield Method(
+        name="hetlora",
+        target="prufed_plugins.aggregators.hetlora:HetLoRA",
+        params=params.HetLoraParams,
+        summary="mean of unequal ranks padded with zeros, by the norm of the update",
+        paper="Cho et al. 2024, https://arxiv.org/abs/2401.06432",
+    )
+    yield Method(
+        name="fjord",
+        target="prufed_plugins.aggregators.fjord:Fjord",
+        params=params.FjordParams,
+        summary="every rank is the mean by samples over the clients that have it",
+        paper="Horvath et al. 2021, https://arxiv.org/abs/2102.13451",
+    )
+    yield Method(
+        name="lora-fair",
+        target="prufed_plugins.aggregators.lora_fair:LoraFair",
+        params=params.LoraFairParams,
+        summary="fedit whose B is corrected towards the mean of the products",
+        paper="Bian et al. 2024, https://arxiv.org/abs/2411.14961",
+    )
+
+
+def _products() -> Iterator[Method]:
+    """Yield the aggregators that average the products B A."""
+    yield Method(
+        name="flexlora",
+        target="prufed_plugins.aggregators.flexlora:FlexLoRA",
+        params=params.FlexLoraParams,
+        summary="mean of the products, cut to rank by singular values; ranks may differ",
+        paper="Bai et al. 2024, https://arxiv.org/abs/2402.11505",
+    )
+    yield Method(
+        name="raflora",
+        target="prufed_plugins.aggregators.raflora:RaFLoRA",
+        params=params.FlexLoraParams,
+        summary="flexlora whose every rank is the mean over the clients that have it",
+        paper="raFLoRA 2026, https://arxiv.org/abs/2602.13486",
+    )
+    yield Method(
+        name="flora",
+        target="prufed_plugins.aggregators.flora:FLoRA",
+        params=params.FloraParams,
+        summary="the clients' factors stacked: the exact mean of the products, for one round",
+        paper="Wang et al. 2024, https://arxiv.org/abs/2409.05976",
+    )
+
+
+def _robust() -> Iterator[Method]:
+    """Yield the aggregators that withstand clients which send anything."""
+    yin = "Yin et al. 2018, https://arxiv.org/abs/1803.01498"
+    yield Method(
+        name="median",
+        target="prufed_plugins.aggregators.median:Median",
+        params=params.NoParams,
+        summary="every entry is the median over the clients that have it",
+        paper=yin,
+    )
+    yield Method(
+        name="trimmed-mean",
+        target="prufed_plugins.aggregators.trimmed_mean:TrimmedMean",
+        params=params.TrimmedMeanParams,
+        summary="every entry is the mean without its largest and smallest values",
+        paper=yin,
+    )
+    blanchard = "Blanchard et al. 2017, https://arxiv.org/abs/1703.02757"
+    yield Method(
+        name="krum",
+        target="prufed_plugins.aggregators.krum:Krum",
+        params=params.KrumParams,
+        summary="the one update that lies closest to the others",
+        paper=blanchard,
+    )
+    yield Method(
+        name="multi-krum",
+        target="prufed_plugins.aggregators.multi_krum:MultiKrum",
+        params=params.MultiKrumParams,
+        summary="mean of the updates that lie closest to the others",
+        paper=blanchard,
+    )
+
+
+def _merging() -> Iterator[Method]:
+    """Yield the aggregators made for merging finished models."""
+    yield Method(
+        name="ties",
+        target="prufed_plugins.aggregators.ties:Ties",
+        params=params.TiesParams,
+        summary="trim small changes, elect signs, average the clients that agree",
+        paper="Yadav et al. 2023, https://arxiv.org/abs/2306.01708",
+    )
+    yield Method(
+        name="dare",
+        target="prufed_plugins.aggregators.dare:Dare",
+        params=params.DareParams,
+        summary="drop most changes at random, scale up the rest, then average",
+        paper="Yu et al. 2023, https://arxiv.org/abs/2311.03099",
+    )
 
 
 @hookimpl

@@ -300,3 +300,96 @@ class HeteAggLayerParams(Params):
     beta: float = Field(
         default=0.0, ge=0, le=4, description="clients weigh n^beta: 1 by samples, 0 all alike"
     )
+
+
+class HetLoraParams(Params):
+    """Parameters of the aggregator ``hetlora``."""
+
+    weights: Literal["norm", "samples"] = Field(
+        default="norm", description="clients weigh by the norm of their update, or by samples"
+    )
+    normalize: Literal["zeros", "coverage"] = Field(
+        default="zeros",
+        description="a rank that a client lacks counts as zero, or its mean leaves the client out",
+    )
+
+
+class FlexLoraParams(Params):
+    """Parameters of the aggregators ``flexlora`` and ``raflora``."""
+
+    beta: float = Field(
+        default=1.0, ge=0, le=4, description="clients weigh n^beta: 1 by samples, 0 all alike"
+    )
+    split: Literal["left", "balanced"] = Field(
+        default="left", description="singular values go into B, or their roots into both factors"
+    )
+
+
+class FloraParams(Params):
+    """Parameters of the aggregator ``flora``."""
+
+    beta: float = Field(
+        default=1.0, ge=0, le=4, description="clients weigh n^beta: 1 by samples, 0 all alike"
+    )
+
+
+class TrimmedMeanParams(Params):
+    """Parameters of the aggregator ``trimmed-mean``."""
+
+    trim: float = Field(
+        default=0.2, ge=0, lt=0.5, description="share of an entry's clients cut at either end"
+    )
+
+
+class KrumParams(Params):
+    """Parameters of the aggregator ``krum``."""
+
+    byzantine: int = Field(
+        default=1, ge=0, description="f, bad clients to withstand; a round needs 2 f + 3 clients"
+    )
+
+
+class MultiKrumParams(KrumParams):
+    """Parameters of the aggregator ``multi-krum``."""
+
+    select: int | None = Field(
+        default=None, ge=1, description="clients to average; all but f if not set"
+    )
+
+
+class TiesParams(Params):
+    """Parameters of the aggregator ``ties``."""
+
+    density: float = Field(
+        default=0.2, gt=0, le=1, description="share of a client's changes to keep, the largest"
+    )
+    scale: float = Field(default=1.0, gt=0, le=10, description="factor on the merged change")
+
+
+class DareParams(Params):
+    """Parameters of the aggregator ``dare``."""
+
+    drop: float = Field(default=0.9, ge=0, lt=1, description="probability to drop a change")
+    then: Literal["mean", "ties"] = Field(
+        default="mean", description="how what is left is merged: its mean, or by elected signs"
+    )
+    seed: int = Field(default=0, ge=0, description="of the draw")
+
+
+class LoraFairParams(Params):
+    """Parameters of the aggregator ``lora-fair``."""
+
+    beta: float = Field(
+        default=1.0, ge=0, le=4, description="clients weigh n^beta: 1 by samples, 0 all alike"
+    )
+    ridge: float = Field(
+        default=0.01, ge=0, description="how strongly B is held to its mean; 0 corrects fully"
+    )
+
+
+class FjordParams(Params):
+    """Parameters of the aggregator ``fjord``."""
+
+    beta: float = Field(
+        default=1.0, ge=0, le=4, description="clients weigh n^beta: 1 by samples, 0 all alike"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from prufed_cli.errors import USAGE, PrufedError
@@ -39,7 +40,7 @@ def rehearse(
                 "raise the sampler's fraction",
                 USAGE,
             )
-        updates = [starting[name] for name in sorted(names)]
+        updates = [replace(starting[name], base_round=number - 1) for name in sorted(names)]
         for update in updates:
             check_facts(update, state, mixes_ranks=getattr(aggregator, "mixes_ranks", False))
         aggregator.prepare(updates, state)

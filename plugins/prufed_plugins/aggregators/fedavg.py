@@ -12,9 +12,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from prufed_plugins.aggregators.coverage import coverage_mean
+from prufed_plugins.aggregators.refusals import refuse_depths
 from prufed_plugins.aggregators.weights import client_weights
 from prufed_plugins.api import GlobalState, Merged, Part, Update
-from prufed_plugins.errors import UpdateError
 from prufed_plugins.params import FedAvgParams
 
 
@@ -25,6 +25,7 @@ class FedAvg:
     HeteAgg mends.
     """
 
+    name: ClassVar[str] = "fedavg"
     breaks: ClassVar[Mapping[str, str]] = {
         "C1": "absent entries are averaged as zeros",
         "C5": "an entry that no client has becomes zero",
@@ -40,14 +41,7 @@ class FedAvg:
         Raises:
             UpdateError: the clients do not all have the same layers.
         """
-        first = updates[0]
-        for update in updates:
-            if set(update.kept_layers) != set(first.kept_layers):
-                raise UpdateError(
-                    update.client,
-                    f"has other layers than client {first.client}, which fedavg cannot average",
-                    "choose the aggregator heteagg-layer",
-                )
+        refuse_depths(updates, self.name)
         self._weights = client_weights(updates, self._params.beta)
 
     def merge(self, module: str, parts: Iterable[Part], current: Mapping[str, Tensor]) -> Merged:

@@ -9,6 +9,10 @@ Everything runs through the same driver as a real round, on small random adapter
 gives up a contract by design says so in an attribute, and the kit reports it instead of failing::
 
     breaks = {"C1": "absent entries are averaged as zeros"}
+
+Two more attributes say what a method needs, and the kit's federations are then as large:
+``least_clients``, the fewest it can merge, and ``stacks``, that its global rank is the sum of the
+clients' ranks.
 """
 
 from __future__ import annotations
@@ -63,8 +67,8 @@ def c1_identical_clients(aggregator: Aggregator) -> None:
     """Clients that hold parts of one adapter give that adapter back where any of them has it."""
     state, theta = random_state(seed=1), random_state(seed=2).tensors
     updates = [
-        _holding(theta, random_update(state, f"c{index}", seed=index, density=density))
-        for index, density in enumerate(_DENSITIES)
+        _holding(theta, random_update(state, f"c{i}", seed=i, density=_DENSITIES[i % 4]))
+        for i in _several(aggregator, 4)
     ]
     _assert_close(_run(aggregator, updates, state), theta)
 
@@ -74,7 +78,8 @@ def c2_order_of_clients(aggregator: Aggregator) -> None:
     state, updates = _mixed_federation(aggregator)
     first = _run(aggregator, updates, state)
     for order in ((3, 1, 0, 2), (2, 3, 1, 0)):
-        _assert_equal(_run(aggregator, [updates[index] for index in order], state), first)
+        moved = [*updates[4:], *(updates[index] for index in order)]
+        _assert_equal(_run(aggregator, moved, state), first)
 
 
 def c3_scale_of_weights(aggregator: Aggregator) -> None:
@@ -87,7 +92,7 @@ def c3_scale_of_weights(aggregator: Aggregator) -> None:
 def c4_full_masks_are_fedavg(aggregator: Aggregator) -> None:
     """With nothing masked and equal samples, the result is the plain mean."""
     state = random_state(seed=3)
-    updates = [random_update(state, f"c{index}", seed=index) for index in range(3)]
+    updates = [random_update(state, f"c{i}", seed=i) for i in _several(aggregator, 3)]
     mean = {
         name: torch.stack([update.tensors[name].double() for update in updates]).mean(dim=0)
         for name in state.tensors
@@ -98,7 +103,7 @@ def c4_full_masks_are_fedavg(aggregator: Aggregator) -> None:
 def c5_entries_without_a_client(aggregator: Aggregator) -> None:
     """An entry that no client has stays exactly as it was."""
     state = random_state(seed=4)
-    updates = [random_update(state, f"c{index}", seed=index, density=0.4) for index in range(3)]
+    updates = [random_update(state, f"c{i}", seed=i, density=0.4) for i in _several(aggregator, 3)]
     result = _run(aggregator, updates, state)
     for name, old in state.tensors.items():
         absent = ~torch.stack([(update.masks or {})[name] for update in updates]).any(dim=0)
@@ -109,8 +114,8 @@ def c6_write_back_keeps_sparsity(aggregator: Aggregator) -> None:
     """Written back, the result leaves every client its zeros and its number of entries."""
     state = random_state(seed=5)
     updates = [
-        random_update(state, f"c{index}", seed=index, density=density)
-        for index, density in enumerate(_DENSITIES)
+        random_update(state, f"c{index}", seed=index, density=_DENSITIES[index % 4])
+        for index in _several(aggregator, 4)
     ]
     result = replace(state, tensors=_run(aggregator, updates, state))
     for update in updates:
@@ -138,7 +143,7 @@ def c7_one_client(aggregator: Aggregator) -> None:
 def c8_strict_updates(aggregator: Aggregator) -> None:
     """An update that does not fit is refused with the client's name, never cut to size."""
     state = random_state(seed=7)
-    good = [random_update(state, f"c{index}", seed=index, density=0.5) for index in range(2)]
+    good = [random_update(state, f"c{i}", seed=i, density=0.5) for i in _several(aggregator, 2)]
     for what, bad in _misfits(random_update(state, "bad", seed=9, density=0.5), state).items():
         if what == "wrong rank" and getattr(aggregator, "mixes_ranks", False):
             continue
@@ -176,8 +181,9 @@ def c10_empty_round(aggregator: Aggregator) -> None:
 def c11_nan_and_infinity(aggregator: Aggregator) -> None:
     """NaN or infinity in an entry costs its client the round; in a masked entry it is ignored."""
     state = random_state(seed=11)
-    good = [random_update(state, f"c{index}", seed=index, density=0.5) for index in range(2)]
+    good = [random_update(state, f"c{i}", seed=i, density=0.5) for i in _several(aggregator, 2)]
     other = random_update(state, "x", seed=7, density=0.5)
+    state = _room(aggregator, [*good, other], state)
     without, whole = _run(aggregator, good, state), _run(aggregator, [*good, other], state)
     for value in (float("nan"), float("inf")):
         hidden = _poisoned(other, value, present=False)
@@ -194,8 +200,8 @@ def c12_splitting_tensors(aggregator: Aggregator) -> None:
     """Cutting every tensor in two along its features and merging the halves changes no bit."""
     state = random_state(k=6, d=4, seed=12)
     updates = [
-        random_update(state, f"c{index}", seed=index, density=density)
-        for index, density in enumerate(_DENSITIES)
+        random_update(state, f"c{index}", seed=index, density=_DENSITIES[index % 4])
+        for index in _several(aggregator, 4)
     ]
     halves = []
     for part in (0, 1):
@@ -238,7 +244,7 @@ def c14_copies_of_the_global_adapter(aggregator: Aggregator) -> None:
     state = random_state(seed=14)
     updates = [
         replace(random_update(state, f"c{index}", seed=index), tensors=dict(state.tensors))
-        for index in range(5)
+        for index in _several(aggregator, 5)
     ]
     _assert_close(_run(aggregator, updates, state), state.tensors)
 
@@ -279,7 +285,25 @@ _NEW_NUMBER: Final = {0: 2, 1: 0, 2: 1}
 
 
 def _run(aggregator: Aggregator, updates: Sequence[Update], state: GlobalState) -> Tensors:
-    return aggregate(aggregator, updates, state).state.tensors
+    return aggregate(aggregator, updates, _room(aggregator, updates, state)).state.tensors
+
+
+def _room(aggregator: Aggregator, updates: Sequence[Update], state: GlobalState) -> GlobalState:
+    """Return the state at the rank that a method needs which stacks the clients' factors."""
+    ranks = sum(update.rank for update in updates)
+    if not getattr(aggregator, "stacks", False) or ranks <= state.rank:
+        return state
+    tensors = {}
+    for name, tensor in state.tensors.items():
+        shape = list(tensor.shape)
+        shape[1 - _feature_axis(name)] = ranks - state.rank
+        tensors[name] = torch.cat([tensor, tensor.new_zeros(shape)], dim=1 - _feature_axis(name))
+    return replace(state, tensors=tensors, rank=ranks)
+
+
+def _several(aggregator: Aggregator, number: int) -> range:
+    """Return indices of that many clients, or of as many as the method needs."""
+    return range(max(number, getattr(aggregator, "least_clients", 1)))
 
 
 def _blamed(aggregator: Aggregator, updates: Sequence[Update], state: GlobalState) -> str | None:
@@ -295,11 +319,11 @@ def _mixed_federation(aggregator: Aggregator) -> tuple[GlobalState, list[Update]
     """Return clients of several densities and sizes, and depths where the method allows it."""
     state = random_state(layers=3, seed=20)
     depths: Sequence[Sequence[int]] = ((0, 1, 2), (0, 2), (0, 1, 2), (1,))
-    updates = [_client(state, index, layers) for index, layers in enumerate(depths)]
+    updates = [_client(state, index, depths[index % 4]) for index in _several(aggregator, 4)]
     try:
         aggregator.prepare(updates, state)
     except MethodError:
-        return state, [_client(state, index, (0, 1, 2)) for index in range(len(depths))]
+        return state, [_client(state, index, (0, 1, 2)) for index in range(len(updates))]
     return state, updates
 
 
@@ -308,7 +332,7 @@ def _client(state: GlobalState, index: int, layers: Sequence[int]) -> Update:
         state,
         f"c{index}",
         seed=30 + index,
-        density=_DENSITIES[index],
+        density=_DENSITIES[index % 4],
         kept_layers=layers,
         samples=10 * (index + 1),
     )

@@ -1,0 +1,94 @@
+"""HetLoRA: clients of unequal rank, padded with zeros and weighted by the norm of their update.
+
+Cho et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models",
+https://arxiv.org/abs/2401.06432. Truncation is write-back's; self-pruning of ranks is a matter of
+training and not part of the aggregation.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor
+
+from prufed_plugins.aggregators.coverage import coverage_mean
+from prufed_plugins.aggregators.products import factors
+from prufed_plugins.aggregators.ranks import padded
+from prufed_plugins.aggregators.weights import client_weights
+from prufed_plugins.aggregators.whole import module_parts
+from prufed_plugins.api import GlobalState, Merged, Part, Update
+from prufed_plugins.params import HetLoraParams
+
+
+class HetLoRA:
+    """g' = Σ p_i pad(θ_i) with p_i ∝ ‖B_i A_i‖_F over the whole adapter.
+
+    Padding with zeros dilutes the ranks that few clients have; ``normalize: coverage`` divides
+    each rank by the weight of the clients that have it. A layer is averaged over the clients that
+    have it. Clients that have all not moved from B = 0 have no norms, and weigh alike.
+    """
+
+    mixes_ranks = True
+
+    def __init__(self, params: HetLoraParams) -> None:
+        self._params = params
+        self._updates: Sequence[Update] = ()
+        self._state: GlobalState | None = None
+        self._weights: dict[str, float] | None = None
+        self.breaks = _breaks(params)
+
+    def prepare(self, updates: Sequence[Update], state: GlobalState) -> None:
+        """Note the updates; their norms are taken at the first merge."""
+        self._updates, self._state, self._weights = updates, state, None
+
+    def merge(self, module: str, parts: Iterable[Part], current: Mapping[str, Tensor]) -> Merged:
+        """Return the weighted mean at the global rank."""
+        if self._weights is None:
+            self._weights = self._find_weights()
+        return coverage_mean(
+            padded(parts, current),
+            current,
+            self._weights,
+            absent_as_zero=self._params.normalize == "zeros",
+        )
+
+    def _find_weights(self) -> dict[str, float]:
+        weights = client_weights(self._updates, 1.0 if self._params.weights == "samples" else 0.0)
+        if self._params.weights == "samples" or self._state is None:
+            return weights
+        norms = update_norms(self._updates, self._state)
+        if not any(norms.values()):
+            return weights
+        # a weight of zero is no weight: such a client counts, but moves nothing
+        least = max(norms.values()) * 1e-12
+        return {client: weight * max(norms[client], least) for client, weight in weights.items()}
+
+
+def update_norms(updates: Sequence[Update], state: GlobalState) -> dict[str, float]:
+    """Return ‖B_i A_i‖_F over all modules by client, in the common scale.
+
+    ‖B A‖² = Σ (BᵀB) ∘ (A Aᵀ), so that no d x k matrix is formed.
+    """
+    squares: dict[str, float] = defaultdict(float)
+    for _, _, parts in module_parts(updates, state):
+        for part in parts:
+            one = factors(part)
+            gram = (one.left.mT @ one.left) * (one.right @ one.right.mT)
+            squares[part.client] += float(gram.sum())
+    return {client: max(square, 0.0) ** 0.5 for client, square in squares.items()}
+
+
+def _breaks(params: HetLoraParams) -> dict[str, str]:
+    breaks: dict[str, str] = {}
+    if params.weights == "norm":
+        breaks |= {
+            "C4": "clients weigh by the norm of their update",
+            "C12": "the norm is that of the whole update",
+        }
+    if params.normalize == "zeros":
+        breaks |= {
+            "C1": "absent entries are averaged as zeros",
+            "C5": "an entry that no client has becomes zero",
+        }
+    return breaks
