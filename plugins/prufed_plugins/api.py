@@ -311,6 +311,9 @@ class Update:
         kept_layers: global indices of the layers the client has.
         base_round: the round of the global adapter the client started from.
         weight: extra factor on this client's weight.
+        base_masks: bool tensors (d, k) by ``<module>.weight``, where the client applies its base's
+            mask to the product: its update is s_i M_i ⊙ (B_i A_i). A name that is absent means
+            every entry; None means no such masks. May read from disk on access.
     """
 
     client: str
@@ -322,6 +325,7 @@ class Update:
     kept_layers: tuple[int, ...]
     base_round: int = 0
     weight: float = 1.0
+    base_masks: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)

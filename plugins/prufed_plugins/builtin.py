@@ -130,6 +130,13 @@ def prufed_aggregators() -> Iterator[Method]:
         summary="every layer is the mean over the clients that have it",
         paper='Bhansali et al., "PruFed: Federated Fine-Tuning of Pruned LLMs"',
     )
+    yield Method(
+        name="heteagg-ls",
+        target="prufed_plugins.aggregators.heteagg_ls:HeteAggLS",
+        params=params.HeteAggLsParams,
+        summary="heteagg whose B is fitted to the clients' masked products by least squares",
+        paper="after Bhansali et al. 2024 (LEGO), https://arxiv.org/abs/2410.18287",
+    )
     yield from _means()
     yield from _products()
     yield from _robust()
@@ -144,6 +151,13 @@ def _means() -> Iterator[Method]:
         params=params.FedAvgParams,
         summary="fedavg on A and on B",
         paper="Zhang et al. 2023, https://arxiv.org/abs/2305.05644",
+    )
+    yield Method(
+        name="inclusivefl",
+        target="prufed_plugins.aggregators.inclusivefl:InclusiveFL",
+        params=params.InclusiveFlParams,
+        summary="heteagg-layer whose shallow clients' last layers learn from the deeper ones",
+        paper="Liu et al. 2022, https://arxiv.org/abs/2202.08028",
     )
     yield Method(
         name="hetlora",

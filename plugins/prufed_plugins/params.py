@@ -393,3 +393,34 @@ class FjordParams(Params):
     beta: float = Field(
         default=1.0, ge=0, le=4, description="clients weigh n^beta: 1 by samples, 0 all alike"
     )
+
+
+class HeteAggLsParams(Params):
+    """Parameters of the aggregator ``heteagg-ls``."""
+
+    beta: float = Field(
+        default=0.0, ge=0, le=4, description="clients weigh n^beta: 1 by samples, 0 all alike"
+    )
+    ridge: float = Field(
+        default=0.05,
+        gt=0,
+        le=1e6,
+        description="how strongly B is held to its mean, in units of the mean square of A's rows",
+    )
+    refine: Literal["b", "both"] = Field(
+        default="b", description="solve for B alone, or for A too, given the new B"
+    )
+
+
+class InclusiveFlParams(Params):
+    """Parameters of the aggregator ``inclusivefl``."""
+
+    momentum: float = Field(
+        default=0.2,
+        ge=0,
+        le=1,
+        description="share of the deeper clients' layers in a shallow client's last one",
+    )
+    beta: float = Field(
+        default=1.0, ge=0, le=4, description="clients weigh n^beta: 1 by samples, 0 all alike"
+    )

@@ -58,7 +58,7 @@ def write_back(
     factor = math.sqrt(state.scaling / scaling)
     result = {}
     for name in names:
-        source = _first_ranks(name, state.tensors[name], rank)
+        source = first_ranks(name, state.tensors[name], rank)
         values = source if factor == 1.0 else source.double() * factor
         if share > 0 and own is not None:
             kept = _fitting("own tensor", name, own[name], source.shape)
@@ -92,8 +92,8 @@ def _check_names(what: str, names: set[str], problem: str) -> None:
         )
 
 
-def _first_ranks(name: str, tensor: Tensor, rank: int) -> Tensor:
-    """Return A (r, k) as (r_i, k), B (d, r) as (d, r_i)."""
+def first_ranks(name: str, tensor: Tensor, rank: int) -> Tensor:
+    """Return A (r, k) as (r_i, k), B (d, r) as (d, r_i): what a client of lower rank is given."""
     return tensor[:rank] if split_factor(name)[1] == "A" else tensor[:, :rank]
 
 

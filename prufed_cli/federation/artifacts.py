@@ -11,6 +11,7 @@ from prufed_cli.environment import versions
 from prufed_cli.model_card import licence, render_card
 from prufed_cli.models.adapter_files import WEIGHTS_FILE, load_adapter, save_adapter
 from prufed_cli.models.adapters import AdapterSpec
+from prufed_cli.models.base import base_masks
 from prufed_cli.models.layer_names import to_global
 from prufed_plugins.api import Update
 from prufed_plugins.masks import MaskFile, digest, load_masks, save_masks
@@ -43,6 +44,27 @@ class GlobalNames(Mapping[str, Tensor]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._keys  # Mapping's own would read the tensor to find out
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+class ProductMasks(Mapping[str, Tensor]):
+    """The masks (d, k) of a client's base by the full model's names, unpacked on each access."""
+
+    def __init__(
+        self, masks: Mapping[str, Tensor], kept_layers: tuple[int, ...], *, transposed: bool
+    ) -> None:
+        self._masks = masks
+        self._keys = {to_global(key, kept_layers): key for key in masks}
+        self._transposed = transposed
+
+    def __getitem__(self, name: str) -> Tensor:
+        mask = self._masks[self._keys[name]]
+        return mask.mT if self._transposed else mask
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)
@@ -129,8 +151,16 @@ def publish_global(
         )
 
 
-def read_update(client: Client, artifact: Artifact, base_round: int) -> Update:
-    """Return what the server merges for one client; its tensors and masks stay on disk."""
+def read_update(client: Client, artifact: Artifact, base_round: int, *, transposed: bool) -> Update:
+    """Return what the server merges for one client; its tensors and base masks stay on disk.
+
+    Args:
+        client: whose.
+        artifact: the adapter that it trained.
+        base_round: the round of the global adapter that it started from.
+        transposed: whether the base keeps its weights as (inputs, outputs), as GPT-2 does.
+    """
+    products = base_masks(client.base) if client.spec.product_mask else None
     masks = artifact.path / FACTOR_MASKS_FILE
     return Update(
         client=client.name,
@@ -142,6 +172,9 @@ def read_update(client: Client, artifact: Artifact, base_round: int) -> Update:
         kept_layers=client.kept_layers,
         base_round=base_round,
         weight=client.plan.weight,
+        base_masks=None
+        if products is None
+        else ProductMasks(products, client.kept_layers, transposed=transposed),
     )
 
 

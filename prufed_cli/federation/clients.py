@@ -10,7 +10,7 @@ from prufed_cli.errors import USAGE, PrufedError
 from prufed_cli.models.adapters import AdapterSpec, adapter_spec, client_masks
 from prufed_cli.models.layer_names import layer_number, to_global, to_local
 from prufed_plugins.api import ClientInfo, GlobalState
-from prufed_plugins.write_back import write_back
+from prufed_plugins.write_back import first_ranks, write_back
 from prufed_registry.errors import NotFound
 
 if TYPE_CHECKING:
@@ -55,7 +55,11 @@ class Client:
         """Return the masks of its factors by global name, for ``tensors`` by global name."""
         from prufed_cli.models.base import base_masks, load_model
 
-        present = {name: tensor for name, tensor in tensors.items() if self.has(name)}
+        present = {
+            name: first_ranks(name, tensor, self.spec.r)
+            for name, tensor in tensors.items()
+            if self.has(name)
+        }
         if self.spec.factor_mask != "structured":
             return client_masks(self.spec, present)
         return client_masks(

@@ -316,7 +316,10 @@ class Federation:
             "params": config.aggregator.settings,
             "seed": config.seed,
         }
-        updates = [read_update(self.clients[name], done[name], index) for name in done]
+        updates = [
+            read_update(self.clients[name], done[name], index, transposed=self.transposed)
+            for name in done
+        ]
         with self.reporter.task(f"round {index + 1}: merge {len(updates)} adapters"):
             merged = aggregate(aggregator, updates, self.state, on_invalid="exclude")
         for name, reason in merged.excluded.items():

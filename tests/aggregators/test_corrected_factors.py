@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 from prufed_plugins.aggregators.streaming import Aggregated, aggregate
 from prufed_plugins.api import GlobalState, Update
 from prufed_plugins.discover import build
+from prufed_plugins.errors import UpdateError
 
 MODULE = "model.layers.0.self_attn.q_proj"
 A, B = f"{MODULE}.lora_A.weight", f"{MODULE}.lora_B.weight"
@@ -116,3 +118,141 @@ def test_lora_fair_takes_untrained_clients() -> None:
     result = outcome("lora-fair", [nothing], state_of(2, 5, 4), ridge=0)
     assert not result.state.tensors[B].any()
     assert result.diagnostics[MODULE]["residual"] == 0.0
+
+
+# --- heteagg-ls ----------------------------------------------------------------------------------
+
+
+def masked(updates: Sequence[Update], masks: Sequence[Tensor]) -> list[Update]:
+    """Return the updates with masks M_i (d, k) on their products."""
+    return [
+        replace(update, base_masks={f"{MODULE}.weight": mask})
+        for update, mask in zip(updates, masks, strict=True)
+    ]
+
+
+def random_masks(number: int, d: int, k: int, seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(d, k, generator=generator) < 1 - index / 4 for index in range(number)]
+
+
+def weighted_error(updates: Sequence[Update], left: Tensor, right: Tensor) -> float:
+    """Return Σ p_i ‖M_i ⊙ (B A - B_i A_i)‖², with equal weights."""
+    total = 0.0
+    for update in updates:
+        theirs = update.tensors[B].double() @ update.tensors[A].double()
+        mask = (update.base_masks or {})[f"{MODULE}.weight"]
+        total += float((mask * (left.double() @ right.double() - theirs)).square().sum())
+    return total / len(updates)
+
+
+@few
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 99), st.sampled_from([0.05, 2.0]))
+def test_least_squares_solves_every_row(number: int, rank: int, seed: int, ridge: float) -> None:
+    """Against the systems of the rows, written out one by one with their diagonal matrices."""
+    d, k = 6, 5
+    updates = masked(random_clients(number, rank, d, k, seed), random_masks(number, d, k, seed))
+    result = outcome("heteagg-ls", updates, state_of(rank, d, k), ridge=ridge).state.tensors
+    mean_a = torch.stack([u.tensors[A].double() for u in updates]).mean(dim=0)
+    mean_b = torch.stack([u.tensors[B].double() for u in updates]).mean(dim=0)
+    penalty = ridge * float((mean_a @ mean_a.T).trace()) / rank
+    for row in range(d):
+        system = penalty * torch.eye(rank, dtype=torch.float64)
+        right = penalty * mean_b[row]
+        for update in updates:
+            diagonal = torch.diag((update.base_masks or {})[f"{MODULE}.weight"][row].double())
+            theirs = update.tensors[B][row].double() @ update.tensors[A].double()
+            system += mean_a @ diagonal @ mean_a.T / number
+            right = right + theirs @ diagonal @ mean_a.T / number
+        expected = right @ torch.linalg.inv(system)
+        torch.testing.assert_close(result[B][row].double(), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(result[A].double(), mean_a, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("ridge", [1e-6, 0.05, 10.0])
+def test_without_masks_and_with_one_a_for_all_b_is_the_mean(ridge: float) -> None:
+    updates = random_clients(3, 2, 5, 4, 1)
+    shared = updates[0].tensors[A]
+    alike = [replace(u, tensors={A: shared, B: u.tensors[B]}, samples=1) for u in updates]
+    result = outcome("heteagg-ls", alike, state_of(2, 5, 4), ridge=ridge).state.tensors
+    torch.testing.assert_close(result[B].double(), means(alike)[2], rtol=1e-4, atol=1e-5)
+
+
+def test_without_masks_it_is_lora_fair() -> None:
+    updates = random_clients(4, 3, 8, 6, 3)
+    gram = means(updates)[1].square().sum() / 3
+    fair = outcome("lora-fair", updates, state_of(3, 8, 6), ridge=0.05 * float(gram)).state
+    result = outcome("heteagg-ls", updates, state_of(3, 8, 6), beta=1, ridge=0.05).state
+    for name in (A, B):
+        torch.testing.assert_close(result.tensors[name], fair.tensors[name], rtol=1e-4, atol=1e-5)
+
+
+def test_with_whole_rows_masked_and_one_a_for_all_b_is_the_mean_of_those_who_have_the_row() -> None:
+    rows = torch.tensor(
+        [[True, True, True, False], [True, True, False, False], [True, False, True, False]]
+    )
+    updates = random_clients(3, 2, 4, 5, 7)
+    shared = updates[0].tensors[A]
+    alike = [replace(u, tensors={A: shared, B: u.tensors[B]}) for u in updates]
+    updates = masked(alike, [row[:, None].expand(4, 5).contiguous() for row in rows])
+    result = outcome("heteagg-ls", updates, state_of(2, 4, 5), ridge=1e-9).state.tensors[B]
+    left = torch.stack([update.tensors[B] for update in updates])
+    for row in range(3):
+        expected = left[rows[:, row], row].mean(dim=0)
+        torch.testing.assert_close(result[row], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(result[3], left[:, 3].mean(dim=0))  # no row at all: HeteAgg's B
+
+
+def test_a_client_that_sends_what_it_got_leaves_masks_without_effect() -> None:
+    """What every client realises is matched exactly, so nothing moves."""
+    (one,) = random_clients(1, 2, 6, 5, 0)
+    state = GlobalState(dict(one.tensors), 2, 1.0, 1)
+    copies = [replace(one, client=f"c{index}") for index in range(3)]
+    result = outcome("heteagg-ls", masked(copies, random_masks(3, 6, 5, 1)), state)
+    for name in (A, B):
+        torch.testing.assert_close(result.state.tensors[name], one.tensors[name])
+
+
+def test_least_squares_takes_away_part_of_what_heteagg_gets_wrong() -> None:
+    """Four clients of 0, 25, 50 and 75 % sparsity by magnitude; excess over the best full rank."""
+    d, k, rank = 64, 48, 8
+    generator = torch.Generator().manual_seed(0)
+    start = random_clients(1, rank, d, k, 5)[0].tensors
+    weights = torch.randn(d, k, generator=generator).abs()
+    updates = []
+    for index in range(4):
+        drift = {
+            name: tensor + 0.5 * torch.randn(tensor.shape, generator=generator)
+            for name, tensor in start.items()
+        }
+        updates.append(Update(f"c{index}", drift, None, 1, rank, 1.0, (0,)))
+    cut = [weights.flatten().kthvalue(max(1, int(d * k * s))).values for s in (0, 0.25, 0.5, 0.75)]
+    updates = masked(updates, [weights >= least for least in cut])
+    total = torch.stack([(u.base_masks or {})[f"{MODULE}.weight"] for u in updates]).sum(dim=0)
+    target = torch.zeros(d, k, dtype=torch.float64)
+    for u in updates:
+        mask = (u.base_masks or {})[f"{MODULE}.weight"]
+        target += mask * (u.tensors[B].double() @ u.tensors[A].double())
+    floor = weighted_error(updates, target / total.clamp(min=1), torch.eye(k))
+    state = state_of(rank, d, k)
+    excess = []
+    for method, values in (
+        ("heteagg", {"include_global": False}),
+        ("heteagg-ls", {}),
+        ("heteagg-ls", {"refine": "both"}),
+    ):
+        tensors = outcome(method, updates, state, **values).state.tensors
+        excess.append(weighted_error(updates, tensors[B], tensors[A]) - floor)
+    assert excess[1] < 0.85 * excess[0]
+    assert excess[2] < 0.85 * excess[1]
+
+
+def test_a_base_mask_that_does_not_fit_names_the_client() -> None:
+    updates = random_clients(2, 2, 6, 5, 0)
+    wrong = [updates[0], *masked(updates[1:], [torch.ones(5, 6, dtype=torch.bool)])]
+    with pytest.raises(UpdateError, match=r"client c1: the base's mask .* shape \[5, 6\]"):
+        outcome("heteagg-ls", wrong, state_of(2, 6, 5))
+    left_out = aggregate(
+        build("aggregator", "heteagg-ls", {}), wrong, state_of(2, 6, 5), on_invalid="exclude"
+    )
+    assert set(left_out.excluded) == {"c1"}

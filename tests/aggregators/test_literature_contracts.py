@@ -37,6 +37,9 @@ GIVEN_UP: list[tuple[str, dict[str, Any], str]] = [
     ("dare", {"drop": 0}, ""),
     ("lora-fair", {}, "c1 c4 c5 c12"),
     ("fjord", {}, ""),
+    ("inclusivefl", {}, ""),
+    ("heteagg-ls", {}, "c1 c4 c7 c12"),
+    ("heteagg-ls", {"refine": "both"}, "c1 c4 c7 c12"),
 ]
 
 

@@ -1,7 +1,7 @@
 """DARE: drop most of every client's changes at random and scale up the rest, then merge.
 
 Yu et al., "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free
-Lunch", https://arxiv.org/abs/2311.03099, section 3.2.
+Lunch", https://arxiv.org/abs/2311.03099.
 """
 
 from __future__ import annotations

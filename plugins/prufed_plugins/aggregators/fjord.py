@@ -1,7 +1,7 @@
 """FjORD on ranks: every rank is the mean, by samples, over the clients wide enough to have it.
 
 Horváth et al., "FjORD: Fair and Accurate Federated Learning under heterogeneous targets with
-Ordered Dropout", https://arxiv.org/abs/2102.13451, section 3.3. The paper drops units of every
+Ordered Dropout", https://arxiv.org/abs/2102.13451. The paper drops units of every
 layer; on a frozen base what can be ordered is the rank of the adapter. PreLort (2606.15963) takes
 the same mean.
 """

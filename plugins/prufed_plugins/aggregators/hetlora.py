@@ -8,7 +8,8 @@ training and not part of the aggregation.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial
 
 from torch import Tensor
 
@@ -33,36 +34,35 @@ class HetLoRA:
 
     def __init__(self, params: HetLoraParams) -> None:
         self._params = params
-        self._updates: Sequence[Update] = ()
-        self._state: GlobalState | None = None
-        self._weights: dict[str, float] | None = None
+        self._weights: Callable[[], dict[str, float]] = dict
         self.breaks = _breaks(params)
 
     def prepare(self, updates: Sequence[Update], state: GlobalState) -> None:
         """Note the updates; their norms are taken at the first merge."""
-        self._updates, self._state, self._weights = updates, state, None
+        if self._params.weights == "samples":
+            self._weights = partial(client_weights, updates, 1.0)
+        else:
+            self._weights = cache(partial(norm_weights, updates, state))
 
     def merge(self, module: str, parts: Iterable[Part], current: Mapping[str, Tensor]) -> Merged:
         """Return the weighted mean at the global rank."""
-        if self._weights is None:
-            self._weights = self._find_weights()
         return coverage_mean(
             padded(parts, current),
             current,
-            self._weights,
+            self._weights(),
             absent_as_zero=self._params.normalize == "zeros",
         )
 
-    def _find_weights(self) -> dict[str, float]:
-        weights = client_weights(self._updates, 1.0 if self._params.weights == "samples" else 0.0)
-        if self._params.weights == "samples" or self._state is None:
-            return weights
-        norms = update_norms(self._updates, self._state)
-        if not any(norms.values()):
-            return weights
-        # a weight of zero is no weight: such a client counts, but moves nothing
-        least = max(norms.values()) * 1e-12
-        return {client: weight * max(norms[client], least) for client, weight in weights.items()}
+
+def norm_weights(updates: Sequence[Update], state: GlobalState) -> dict[str, float]:
+    """Return weight_i · ‖B_i A_i‖_F by client; the weights alone where every norm is zero."""
+    weights = client_weights(updates, 0.0)
+    norms = update_norms(updates, state)
+    if not any(norms.values()):
+        return weights
+    # a weight of zero is no weight: a client that has not moved counts, but moves nothing
+    least = max(norms.values()) * 1e-12
+    return {client: weight * max(norms[client], least) for client, weight in weights.items()}
 
 
 def update_norms(updates: Sequence[Update], state: GlobalState) -> dict[str, float]:

@@ -1,12 +1,13 @@
 """Krum: the one update that lies closest to the others.
 
 Blanchard et al., "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent",
-https://arxiv.org/abs/1703.02757, section 4.
+https://arxiv.org/abs/1703.02757.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial
 from typing import ClassVar
 
 import torch
@@ -44,8 +45,7 @@ class Krum:
         self._byzantine = params.byzantine
         self.least_clients = 2 * params.byzantine + 3
         self._updates: Sequence[Update] = ()
-        self._state: GlobalState | None = None
-        self._chosen: frozenset[str] | None = None
+        self._chosen: Callable[[], frozenset[str]] = frozenset
 
     def prepare(self, updates: Sequence[Update], state: GlobalState) -> None:
         """Note the updates; the choice is made at the first merge.
@@ -59,20 +59,20 @@ class Krum:
                 f"{self.least_clients} clients, and the round has {len(updates)}",
                 "sample more clients, or set byzantine lower",
             )
-        self._updates, self._state, self._chosen = updates, state, None
+        self._updates = updates
+        self._chosen = cache(partial(closest, updates, state, self._byzantine, self._number()))
 
     def merge(self, module: str, parts: Iterable[Part], current: Mapping[str, Tensor]) -> Merged:
         """Return the mean of the chosen clients that have the module."""
-        if self._chosen is None and self._state is not None:
-            self._chosen = self._choose(self._updates, self._state)
-        chosen = self._chosen or frozenset()
+        chosen = self._chosen()
         full = (part for part in padded(parts, current) if part.client in chosen)
         merged = coverage_mean(full, current, client_weights(self._updates, 0.0))
         flags = {f"chosen.{u.client}": float(u.client in chosen) for u in self._updates}
         return Merged(merged.tensors, {**merged.diagnostics, **flags}, merged.covered)
 
-    def _choose(self, updates: Sequence[Update], state: GlobalState) -> frozenset[str]:
-        return closest(updates, state, self._byzantine, 1)
+    def _number(self) -> int:
+        """Return how many clients to choose."""
+        return 1
 
 
 def closest(

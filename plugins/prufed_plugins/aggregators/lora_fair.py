@@ -1,7 +1,7 @@
 """LoRA-FAIR: FedIT whose B is corrected towards the mean of the products; A stays the mean.
 
 Bian et al., "LoRA-FAIR: Federated LoRA Fine-Tuning with Aggregation and Initialization
-Refinement", https://arxiv.org/abs/2411.14961, Eq. 7. The paper descends on a similarity of the two
+Refinement", https://arxiv.org/abs/2411.14961. The paper descends on a similarity of the two
 products; here it is the Frobenius distance, which has the minimum in closed form.
 """
 

@@ -1,7 +1,7 @@
 """Multi-Krum: the mean of the several updates that lie closest to the others.
 
 Blanchard et al., "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent",
-https://arxiv.org/abs/1703.02757, section 5.
+https://arxiv.org/abs/1703.02757.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from prufed_plugins.aggregators.krum import Krum, closest
+from prufed_plugins.aggregators.krum import Krum
 from prufed_plugins.api import GlobalState, Update
 from prufed_plugins.errors import MethodError
 from prufed_plugins.params import MultiKrumParams
@@ -46,6 +46,5 @@ class MultiKrum(Krum):
                 f"set select to at most {len(updates)}",
             )
 
-    def _choose(self, updates: Sequence[Update], state: GlobalState) -> frozenset[str]:
-        number = len(updates) - self._byzantine if self._select is None else self._select
-        return closest(updates, state, self._byzantine, number)
+    def _number(self) -> int:
+        return len(self._updates) - self._byzantine if self._select is None else self._select

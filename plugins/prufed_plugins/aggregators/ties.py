@@ -1,12 +1,13 @@
 """TIES: trim small changes, elect a sign for every entry, average the clients that agree.
 
 Yadav et al., "TIES-Merging: Resolving Interference When Merging Models",
-https://arxiv.org/abs/2306.01708, section 4, Algorithm 1.
+https://arxiv.org/abs/2306.01708, Algorithm 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import ClassVar
 
 import numpy as np
@@ -39,21 +40,18 @@ class Ties:
     def __init__(self, params: TiesParams) -> None:
         self._params = params
         self._updates: Sequence[Update] = ()
-        self._state: GlobalState | None = None
-        self._thresholds: dict[str, float] | None = None
+        self._thresholds: Callable[[], dict[str, float]] = dict
 
     def prepare(self, updates: Sequence[Update], state: GlobalState) -> None:
         """Note the updates; what is small is found out at the first merge."""
-        self._updates, self._state, self._thresholds = updates, state, None
+        self._updates = updates
+        self._thresholds = cache(
+            lambda: {u.client: threshold(u, state, self._params.density) for u in updates}
+        )
 
     def merge(self, module: str, parts: Iterable[Part], current: Mapping[str, Tensor]) -> Merged:
         """Return the old tensors plus the elected means."""
-        if self._thresholds is None and self._state is not None:
-            self._thresholds = {
-                update.client: threshold(update, self._state, self._params.density)
-                for update in self._updates
-            }
-        least = self._thresholds or {}
+        least = self._thresholds()
         clients, stacks = stack(parts, current)
         weights = client_weights(self._updates, 0.0)
         column = torch.tensor([weights[client] for client in clients], dtype=torch.float64)

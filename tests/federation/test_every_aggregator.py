@@ -1,0 +1,79 @@
+"""Every built-in aggregator in a real run: two rounds of unequal sparsity, and unequal rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prufed_cli.config.documents import validated
+from prufed_cli.federation.federate import FederateResult, federate
+from prufed_plugins.builtin import prufed_aggregators
+from prufed_plugins.errors import MethodError
+from prufed_registry import Registry
+
+Document = dict[str, Any]
+
+SETTINGS: dict[str, Document] = {"krum": {"byzantine": 0}, "multi-krum": {"byzantine": 0}}
+
+CLIENTS = [
+    {"name": "dense"},
+    {"name": "half", "sparsity": 0.5},
+    {"name": "sparse", "sparsity": 0.75},
+]
+
+
+def run(home: Path, document: Document) -> FederateResult:
+    registry = Registry(home / "registry")
+    return federate(config=validated(document), registry=registry, runs=home / "runs")
+
+
+@pytest.mark.parametrize("name", [method.name for method in prufed_aggregators()])
+def test_two_rounds_of_unequal_sparsity(tmp_path: Path, configuration: Document, name: str) -> None:
+    document = {
+        **configuration,
+        "rounds": 1 if name == "flora" else 2,
+        "adapter": {**configuration["adapter"], "r": 6},
+        "aggregator": {"name": name, **SETTINGS.get(name, {})},
+        "clients": [{**client, "adapter": {"r": 2}} for client in CLIENTS]
+        if name == "flora"
+        else CLIENTS,
+    }
+    result = run(tmp_path, document)
+    merged = result.run.select("merged")
+    assert len(merged) == document["rounds"]
+    assert all(event["clients"] == ["dense", "half", "sparse"] for event in merged)
+
+
+@pytest.mark.parametrize("factor_mask", ["nested", "magnitude", "rank"])
+def test_clients_of_unequal_rank_have_masks_of_their_own_rank(
+    tmp_path: Path, configuration: Document, factor_mask: str
+) -> None:
+    document = {
+        **configuration,
+        "rounds": 2,
+        "adapter": {**configuration["adapter"], "factor_mask": factor_mask},
+        "aggregator": {"name": "hetlora", "normalize": "coverage"},
+        "clients": [{"name": "wide"}, {"name": "narrow", "sparsity": 0.5, "adapter": {"r": 2}}],
+    }
+    assert len(run(tmp_path, document).run.select("merged")) == 2
+
+
+def test_flora_is_refused_before_training_where_it_cannot_stack(
+    tmp_path: Path, configuration: Document
+) -> None:
+    small = [{**client, "adapter": {"r": 1}} for client in CLIENTS]
+    twice = {**configuration, "rounds": 2, "aggregator": {"name": "flora"}, "clients": small}
+    with pytest.raises(MethodError, match="trains in round 2, and flora stacks once"):
+        run(tmp_path, twice)
+    with pytest.raises(MethodError, match="more than the global rank"):
+        run(tmp_path, {**twice, "rounds": 1, "clients": CLIENTS})
+    assert Registry(tmp_path / "registry").list("fed") == []
+
+
+def test_krum_is_refused_before_training_with_too_few_clients(
+    tmp_path: Path, configuration: Document
+) -> None:
+    with pytest.raises(MethodError, match="needs 5 clients, and the round has 3"):
+        run(tmp_path, {**configuration, "aggregator": {"name": "krum"}, "clients": CLIENTS})
