@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from prufed_cli.home import open_registry
     from prufed_cli.hub import PullResult, PushResult, pull, push
     from prufed_cli.importing import import_directory
+    from prufed_cli.inspection import Inspection, inspect
     from prufed_cli.models.base import Loaded, load_reference
+    from prufed_cli.partitioning import PartitionRequest, partition
     from prufed_cli.progress import Reporter
     from prufed_cli.pruning import PruneRequest, PruneResult, prune, prune_several
     from prufed_registry import Artifact, Registry
@@ -28,8 +30,10 @@ __all__ = [
     "Artifact",
     "EvaluationReport",
     "FederateResult",
+    "Inspection",
     "Loaded",
     "PackedExport",
+    "PartitionRequest",
     "PrufedError",
     "PruneRequest",
     "PruneResult",
@@ -44,8 +48,10 @@ __all__ = [
     "export_packed",
     "federate",
     "import_directory",
+    "inspect",
     "load_reference",
     "open_registry",
+    "partition",
     "plan_federation",
     "prune",
     "prune_several",
@@ -61,7 +67,9 @@ _MODULES: Final = {
     "prufed_cli.home": ("open_registry",),
     "prufed_cli.hub": ("PullResult", "PushResult", "pull", "push"),
     "prufed_cli.importing": ("import_directory",),
+    "prufed_cli.inspection": ("Inspection", "inspect"),
     "prufed_cli.models.base": ("Loaded", "load_reference"),
+    "prufed_cli.partitioning": ("PartitionRequest", "partition"),
     "prufed_cli.progress": ("Reporter",),
     "prufed_cli.pruning": ("PruneRequest", "PruneResult", "prune", "prune_several"),
     "prufed_registry": ("Artifact", "Registry"),

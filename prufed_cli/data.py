@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,33 +41,76 @@ class Row:
     text: str | None = None
 
 
+@dataclass(frozen=True)
+class Record:
+    """One row as it stands in its file, usable or not.
+
+    Attributes:
+        place: where it stands, ``rows.jsonl:7`` or ``rows.json: row 7``.
+        number: of its line, or of the row where rows are no lines; 1 for the first.
+        row: what is trained on; None where it cannot be used.
+        problem: why it cannot be used.
+        fields: everything the row says, also what :class:`Row` has no place for.
+        line: its line without the line feed; None where rows are no lines.
+    """
+
+    place: str
+    number: int
+    row: Row | None
+    problem: str | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    line: str | None = None
+
+
 class _BadRowError(Exception):
     """Why one row cannot be used."""
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a file, in its order.
+    """Return the rows of a file, in its order; see :func:`read_records`.
+
+    Raises:
+        PrufedError: there is no such file, it is empty, or rows are unusable; the message counts
+            them and names the lines of the first few.
+    """
+    return [record.row for record in read_records(path) if record.row is not None]
+
+
+def read_records(path: Path) -> list[Record]:
+    """Return the rows of a file as they stand there, all of them usable.
+
+    Raises:
+        PrufedError: as :func:`read_rows`.
+    """
+    records = scan(path)
+    bad = [record for record in records if record.problem is not None]
+    if bad:
+        raise _bad_rows(path, bad, total=len(records))
+    return records
+
+
+def scan(path: Path) -> list[Record]:
+    """Return the rows of a file as they stand there, usable or not.
 
     Args:
         path: ``.jsonl``/``.ndjson`` (one object per line), ``.json`` (a list of objects, or lines),
             ``.txt``/``.md`` (one row of text per paragraph), or a directory saved by ``datasets``.
 
     Raises:
-        PrufedError: there is no such file, it is empty, or rows are unusable; the message counts
-            them and names the lines of the first few.
+        PrufedError: there is no such file, it is empty, or it is not text at all.
     """
     if not _exists(path):
         raise PrufedError(
             f"no data file {str(path)!r}", "check the path; it is a JSONL or text file", NOT_FOUND
         )
     if path.is_dir():
-        return _parse(path, _directory(path), "row")
+        return _records(path, _numbered(_directory(path)))
     text = _text(path)
     if path.suffix.lower() in {".txt", ".md"}:
-        return [Row(text=paragraph) for paragraph in _paragraphs(text)]
+        return _records(path, _numbered({"text": part} for part in _paragraphs(text)))
     if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
-        return _parse(path, enumerate(_json_list(path, text), 1), "row")
-    return _parse(path, _json_lines(text), "line")
+        return _records(path, _numbered(_json_list(path, text)))
+    return _records(path, _json_lines(text))
 
 
 def rows_digest(rows: Sequence[Row]) -> str:
@@ -122,12 +165,18 @@ def _paragraphs(text: str) -> Iterator[str]:
             lines = []
 
 
-def _json_lines(text: str) -> Iterator[tuple[int, object]]:
-    """Yield (line number, value) of every line that is not blank; a broken one is an exception."""
+def _json_lines(text: str) -> Iterator[_Item]:
+    """Yield every line that is not blank; the value of a broken one is an exception."""
     # Only \n ends a line: JSON text may hold U+2028 and its like unescaped.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield number, _decode(line)
+            yield number, _decode(line), line
+
+
+def _numbered(values: Iterable[object]) -> Iterator[_Item]:
+    """Yield values that stand on no lines of their own."""
+    for number, value in enumerate(values, 1):
+        yield number, value, None
 
 
 def _decode(text: str) -> object:
@@ -152,7 +201,7 @@ def _json_list(path: Path, text: str) -> list[object]:
     return list(rows)
 
 
-def _directory(path: Path) -> Iterator[tuple[int, object]]:
+def _directory(path: Path) -> Iterator[object]:
     """Yield the rows of a data set that ``datasets`` saved; of several splits, ``train``."""
     import datasets
 
@@ -170,30 +219,34 @@ def _directory(path: Path) -> Iterator[tuple[int, object]]:
                 "name the directory of one split",
             )
         loaded = loaded["train"]
-    yield from enumerate(loaded, 1)
+    yield from loaded
 
 
 # --- rows ----------------------------------------------------------------------------------------
 
 
-def _parse(path: Path, items: Iterable[tuple[int, object]], unit: str) -> list[Row]:
-    rows: list[Row] = []
-    bad: list[tuple[int, str]] = []
-    for number, item in items:
-        try:
-            rows.append(_row(item))
-        except _BadRowError as error:
-            bad.append((number, str(error)))
-    if bad:
-        raise _bad_rows(path, bad, total=len(rows) + len(bad), unit=unit)
-    if not rows:
+_Item = tuple[int, object, str | None]
+"""Number, value and line of what may be a row."""
+
+
+def _records(path: Path, items: Iterable[_Item]) -> list[Record]:
+    records = [_record(path, *item) for item in items]
+    if not records:
         raise _empty(path)
-    return rows
+    return records
 
 
-def _bad_rows(path: Path, bad: list[tuple[int, str]], *, total: int, unit: str) -> PrufedError:
-    where = "{path}:{number}" if unit == "line" else "{path}: row {number}"
-    first = [f"{where.format(path=path, number=number)}: {why}" for number, why in bad[:MAX_SHOWN]]
+def _record(path: Path, number: int, value: object, line: str | None) -> Record:
+    place = f"{path}: row {number}" if line is None else f"{path}:{number}"
+    fields = value if isinstance(value, Mapping) else {}
+    try:
+        return Record(place, number, _row(value), None, fields, line)
+    except _BadRowError as error:
+        return Record(place, number, None, str(error), fields, line)
+
+
+def _bad_rows(path: Path, bad: Sequence[Record], *, total: int) -> PrufedError:
+    first = [f"{record.place}: {record.problem}" for record in bad[:MAX_SHOWN]]
     if len(bad) == 1:
         return PrufedError(first[0], _SHAPES, FAILED)
     if len(bad) > MAX_SHOWN:

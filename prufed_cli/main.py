@@ -41,6 +41,9 @@ VERBS: Final[dict[str, dict[str, str]]] = {
     "Runs": {
         "runs": "List runs, show one, or go on with one.",
     },
+    "Data": {
+        "data": "Look into a data file, or split one into a file per client.",
+    },
     "More": {
         "init": "Write a commented clients.yaml to start from.",
         "schema": "Print the JSON schema of clients.yaml.",

@@ -453,7 +453,11 @@ class Sampler(Protocol):
 
 
 class Partitioner(Protocol):
-    """Splits one data set over clients."""
+    """Splits one data set over clients.
+
+    One that goes by another field of the rows than ``category`` names it in an attribute ``field``,
+    and is given that field's values in place of the categories.
+    """
 
     def split(
         self, categories: Sequence[str | None], clients: Sequence[str], seed: int

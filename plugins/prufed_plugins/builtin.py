@@ -347,3 +347,17 @@ def prufed_partitioners() -> Iterator[Method]:
         summary="a few contiguous shards of the category-sorted rows per client",
         paper="McMahan et al. 2017, https://arxiv.org/abs/1602.05629",
     )
+    yield Method(
+        name="quantity",
+        target="prufed_plugins.partitioners.quantity:QuantityPartitioner",
+        params=params.QuantityParams,
+        summary="random rows, unequal numbers by a Dirichlet draw",
+        paper="Li et al. 2021, https://arxiv.org/abs/2102.02079",
+    )
+    yield Method(
+        name="natural",
+        target="prufed_plugins.partitioners.natural:NaturalPartitioner",
+        params=params.NaturalParams,
+        summary="rows of one user, source or other key stay together",
+        paper="Caldas et al. 2018, https://arxiv.org/abs/1812.01097",
+    )

@@ -98,6 +98,28 @@ class ShardsParams(Params):
     )
 
 
+class QuantityParams(Params):
+    """Parameters of the partitioner ``quantity``."""
+
+    alpha: float = Field(
+        default=0.5,
+        ge=1e-3,
+        le=1e6,
+        description="concentration: small makes clients of very unequal size, large of equal size",
+    )
+    min_samples: int = Field(default=1, ge=1, description="rows every client gets in any case")
+
+
+class NaturalParams(Params):
+    """Parameters of the partitioner ``natural``."""
+
+    key: str = Field(
+        default="category",
+        min_length=1,
+        description="field of a row that says whose it is, such as user or source",
+    )
+
+
 # --- pruners -------------------------------------------------------------------------------------
 
 

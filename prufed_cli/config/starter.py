@@ -48,8 +48,8 @@ tuner:
 aggregator: {name: heteagg}
 
 # One file split over the clients that have no `data` of their own: iid, stratified-iid,
-# by-category, dirichlet, shards. A row is {"instruction": ..., "context": ..., "response": ...,
-# "category": ...}; Alpaca's fields, chat `messages` and plain `text` work too.
+# by-category, dirichlet, shards, quantity, natural. A row is {"instruction": ..., "context": ...,
+# "response": ..., "category": ...}; Alpaca's fields, chat `messages` and plain `text` work too.
 data:
   path: embedded                # the data that comes with prufed; yours: rows.jsonl
   partition: {name: by-category}

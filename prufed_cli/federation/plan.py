@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prufed_cli.data import Row, read_rows, rows_digest
+from prufed_cli.data import Row, read_records, read_rows, rows_digest
 from prufed_cli.errors import FAILED, INTEGRITY, NOT_FOUND, USAGE, PrufedError
-from prufed_cli.federation.seeds import derive
+from prufed_cli.partitioning import split_records
 from prufed_cli.pruning import PruneRequest
 from prufed_registry.errors import NotFound
 
@@ -136,7 +136,7 @@ def base_config(base: str, registry: Registry) -> dict[str, Any] | None:
     Raises:
         PrufedError: neither an artifact, nor a directory, nor a Hub id; or it is no JSON object.
     """
-    path = _base_directory(base, registry)
+    path = base_directory(base, registry)
     if path is None:
         return None
     file = path / "config.json"
@@ -153,7 +153,12 @@ def base_config(base: str, registry: Registry) -> dict[str, Any] | None:
     return content
 
 
-def _base_directory(base: str, registry: Registry) -> Path | None:
+def base_directory(base: str, registry: Registry) -> Path | None:
+    """Return the directory of a base that is here; None for a Hub id.
+
+    Raises:
+        NotFound: neither a directory, nor an artifact, nor a Hub id.
+    """
     from prufed_cli.models.base import EMBEDDED_NAME
 
     directory = Path(base).expanduser()
@@ -190,15 +195,11 @@ def _rows(config: FederationConfig) -> dict[str, Sequence[Row]]:
         else:
             sharing.append(client.name)
     if sharing and config.data is not None:
-        from prufed_plugins.discover import build
-
-        shared = read_rows(config.data.path)
         method = config.data.partition
-        partitioner = build("partitioner", method.name, method.settings)
-        parts = partitioner.split(
-            [row.category for row in shared], sharing, derive(config.seed, "partition")
-        )
-        rows |= {name: [shared[index] for index in indices] for name, indices in parts.items()}
+        shared = read_records(config.data.path)
+        parts = split_records(shared, method.name, method.settings, sharing, config.seed)
+        for name, records in parts.items():
+            rows[name] = [record.row for record in records if record.row is not None]
     return rows
 
 
@@ -263,7 +264,7 @@ def _sparsity(client: ClientConfig) -> float | None:
 
 def _check_space(plan: Plan, registry: Registry) -> None:
     """Refuse a run whose sub-models would not fit on the disk."""
-    directory = _base_directory(plan.base, registry)
+    directory = base_directory(plan.base, registry)
     if directory is None or not directory.is_dir():
         return
     size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))

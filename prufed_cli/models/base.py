@@ -295,16 +295,27 @@ def load_tokenizer(
     artifact: Artifact, *, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer stored with a model artifact."""
+    return open_tokenizer(artifact.path, artifact.ref, trust_remote_code=trust_remote_code)
+
+
+def open_tokenizer(
+    directory: Path, name: str, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer in a model directory; ``name`` is what a person knows it by.
+
+    Raises:
+        PrufedError: there is none that opens.
+    """
     quiet_transformers()
     from transformers import AutoTokenizer
 
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            artifact.path, local_files_only=True, trust_remote_code=trust_remote_code
+            directory, local_files_only=True, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
         raise PrufedError(
-            f"{artifact.ref} has no tokenizer that opens: {first_line(error)}",
+            f"{name} has no tokenizer that opens: {first_line(error)}",
             "import a directory that holds tokenizer.json",
         ) from error
     return tokenizer

@@ -20,7 +20,7 @@ from prufed_plugins.testing import check_partitioner
 
 some = budget(max_examples=60, deadline=None)
 NAMES = [entry.name for entry in catalog().methods("partitioner")]
-NEED_CATEGORIES = [name for name in NAMES if name != "iid"]
+NEED_CATEGORIES = [name for name in NAMES if name not in {"iid", "quantity"}]
 KINDS = ("qa", "zoo", "art", "code", "éa")
 categories = st.lists(st.sampled_from(KINDS), max_size=120)
 enough = st.integers(1, 12).flatmap(
@@ -57,8 +57,8 @@ def test_every_row_goes_to_one_client_and_every_client_has_one_or_it_is_refused(
     try:
         parts = partitioner(name).split(rows, named(count), seed)
     except MethodError:
-        # Only these two may find no split of enough rows: too few shards, no lucky draw.
-        assert len(rows) < count or name in {"shards", "dirichlet"}
+        # Only these may find no split of enough rows: too few shards or keys, no lucky draw.
+        assert len(rows) < count or name in {"shards", "dirichlet", "natural"}
         return
     assert list(parts) == named(count)
     assert sorted(row for part in parts.values() for row in part) == list(range(len(rows)))
@@ -189,6 +189,50 @@ def test_iid_needs_no_categories() -> None:
     assert [len(part) for part in parts.values()] == [5, 5]
 
 
+@some
+@given(seed=seeds, alpha=st.floats(1e-3, 1e6), count=counts, needed=st.integers(1, 20))
+def test_quantity_keeps_its_minimum(seed: int, alpha: float, count: int, needed: int) -> None:
+    method = partitioner("quantity", alpha=alpha, min_samples=needed)
+    sizes = [len(part) for part in method.split([None] * 240, named(count), seed).values()]
+    assert sum(sizes) == 240
+    assert min(sizes) >= needed
+
+
+def test_quantity_is_uneven_where_alpha_is_small() -> None:
+    def largest(alpha: float, seed: int) -> int:
+        parts = partitioner("quantity", alpha=alpha).split([None] * 1000, named(10), seed)
+        return max(len(part) for part in parts.values())
+
+    assert sum(largest(0.05, seed) for seed in range(10)) / 10 > 500
+    assert largest(1e5, 0) < 110
+
+
+@some
+@given(drawn=enough, seed=seeds)
+def test_natural_never_parts_the_rows_of_one_key(drawn: tuple[list[str], int], seed: int) -> None:
+    rows, count = drawn
+    count = min(count, len(set(rows)))
+    parts = partitioner("natural", key="user").split(rows, named(count), seed)
+    held = [{rows[row] for row in part} for part in parts.values()]
+    assert sum(map(len, held)) == len(set(rows))
+
+
+def test_natural_balances_keys_over_few_clients() -> None:
+    rows = ["a"] * 5 + ["b"] * 4 + ["c"] * 3 + ["d"]
+    parts = partitioner("natural", key="user").split(rows, ["x", "y"], 0)
+    held = [sorted({rows[row] for row in part}) for part in parts.values()]
+    assert held == [["a", "d"], ["b", "c"]]
+
+
+def test_natural_refuses_more_clients_than_keys_and_names_a_row_without() -> None:
+    method = partitioner("natural", key="user")
+    assert method.field == "user"  # type: ignore[attr-defined]
+    with pytest.raises(MethodError, match="2 values of user cannot give each of 3 clients one"):
+        method.split(["a", "b"] * 10, named(3), 0)
+    with pytest.raises(MethodError, match="row 2 has no user"):
+        method.split(["a", None], named(2), 0)
+
+
 def test_too_few_rows_for_a_minimum_or_for_shards() -> None:
     with pytest.raises(MethodError, match="30 rows cannot give each of 4 clients 10 rows"):
         partitioner("dirichlet", min_samples=10).split(["qa"] * 30, named(4), 0)
@@ -199,7 +243,7 @@ def test_too_few_rows_for_a_minimum_or_for_shards() -> None:
 def test_splits_do_not_depend_on_the_order_of_hashes() -> None:
     code = (
         "from prufed_plugins.discover import build, catalog\n"
-        "rows = [('qa', 'art', 'code')[i * i % 3] for i in range(100)]\n"
+        "rows = [('qa', 'art', 'code', 'zoo', 'law')[i**3 % 5] for i in range(100)]\n"
         "for entry in catalog().methods('partitioner'):\n"
         "    print(build('partitioner', entry.name).split(rows, ['x', 'y', 'z', 'w'], 9))\n"
     )
