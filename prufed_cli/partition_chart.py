@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Final
 
 from prufed_cli.errors import NOT_FOUND, USAGE, PrufedError
 from prufed_cli.partitioning import Part
+from prufed_cli.prune_plot import write_figure
 
 SUFFIXES: Final = (".svg", ".png")
 MOST_COLOURS: Final = 12
@@ -83,15 +83,7 @@ def draw(parts: Sequence[Part], path: Path) -> None:
     axes.set_xlabel("rows")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    staging = path.with_name(f".{path.stem}-{uuid.uuid4().hex}{path.suffix.lower()}")
-    try:
-        # names of clip paths are random and files are dated unless told otherwise
-        with matplotlib.rc_context({"svg.hashsalt": "prufed", "svg.fonttype": "none"}):
-            metadata = {"Date": None} if path.suffix.lower() == ".svg" else {}
-            figure.savefig(staging, metadata=metadata, dpi=150)
-        staging.replace(path)
-    finally:
-        staging.unlink(missing_ok=True)
+    write_figure(figure, path)
 
 
 def _label(category: str) -> str:

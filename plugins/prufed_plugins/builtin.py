@@ -361,3 +361,27 @@ def prufed_partitioners() -> Iterator[Method]:
         summary="rows of one user, source or other key stay together",
         paper="Caldas et al. 2018, https://arxiv.org/abs/1812.01097",
     )
+
+
+@hookimpl
+def prufed_optimizers() -> Iterator[Method]:
+    """Yield the built-in server optimizers."""
+    yield Method(
+        name="fedavgm",
+        target="prufed_plugins.optimizers.fedavgm:FedAvgM",
+        params=params.FedAvgMParams,
+        summary="momentum over the rounds",
+        paper="Hsu et al. 2019, https://arxiv.org/abs/1909.06335",
+    )
+    for name, target, summary in (
+        ("fedadagrad", "fedadagrad:FedAdagrad", "steps shrink with all squared changes so far"),
+        ("fedyogi", "fedyogi:FedYogi", "as fedadam, but steps lengthen slowly after large changes"),
+        ("fedadam", "fedadam:FedAdam", "steps scaled by the recent size of each entry's change"),
+    ):
+        yield Method(
+            name=name,
+            target=f"prufed_plugins.optimizers.{target}",
+            params=getattr(params, f"{target.partition(':')[2]}Params"),
+            summary=summary,
+            paper="Reddi et al. 2020, https://arxiv.org/abs/2003.00295",
+        )

@@ -446,3 +446,43 @@ class InclusiveFlParams(Params):
     beta: float = Field(
         default=1.0, ge=0, le=4, description="clients weigh n^beta: 1 by samples, 0 all alike"
     )
+
+
+# --- server optimizers ---------------------------------------------------------------------------
+
+
+class FedAvgMParams(Params):
+    """Parameters of the server optimizer ``fedavgm``."""
+
+    lr: float = Field(default=1.0, gt=0, description="η, length of the server's step")
+    momentum: float = Field(
+        default=0.9, ge=0, lt=1, description="β, share of the last rounds' step that goes on"
+    )
+
+
+class FedAdagradParams(Params):
+    """Parameters of the server optimizer ``fedadagrad``."""
+
+    lr: float = Field(
+        default=0.01, gt=0, description="η, about how far an entry moves in the first round"
+    )
+    beta1: float = Field(default=0.0, ge=0, lt=1, description="β₁ of the first moment")
+    tau: float = Field(default=1e-3, gt=0, description="τ, adaptivity: small is more adaptive")
+
+
+class FedYogiParams(Params):
+    """Parameters of the server optimizer ``fedyogi``."""
+
+    lr: float = Field(
+        default=0.01, gt=0, description="η, about how far an entry moves in a round at most"
+    )
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="β₁ of the first moment")
+    beta2: float = Field(default=0.99, ge=0, lt=1, description="β₂ of the second moment")
+    tau: float = Field(default=1e-3, gt=0, description="τ, adaptivity: small is more adaptive")
+    bias_correction: bool = Field(
+        default=False, description="start both moments at 0 and divide by 1 − βᵗ; not the paper's"
+    )
+
+
+class FedAdamParams(FedYogiParams):
+    """Parameters of the server optimizer ``fedadam``."""

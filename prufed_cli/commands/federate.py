@@ -12,6 +12,7 @@ from prufed_cli.commands.options import Json, Quiet
 from prufed_cli.completion import complete_run
 
 if TYPE_CHECKING:
+    from prufed_cli.config.models import MethodSection
     from prufed_cli.federation.plan import Plan
     from prufed_cli.progress import Reporter
 
@@ -125,14 +126,20 @@ def _tell(plan: Plan, telling: Reporter) -> None:
 def _heading(plan: Plan) -> list[str]:
     config = plan.config
     layers = f" ({plan.layers} layers)" if plan.layers else ""
-    settings = ", ".join(f"{key}={value}" for key, value in config.aggregator.settings.items())
+    optimizer = config.server_optimizer
     return [
         f"base        {plan.base}{layers}",
         f"rounds      {config.rounds}, sampler {config.sampler.name}, seed {config.seed}",
-        f"aggregator  {config.aggregator.name}{f' ({settings})' if settings else ''}, "
+        f"aggregator  {config.aggregator.name}{_settings(config.aggregator)}, "
         f"write-back share {config.write_back.share:g}",
+        f"server step {f'{optimizer.name}{_settings(optimizer)}' if optimizer else 'none'}",
         f"evaluate    {', '.join(config.evaluate.tasks) or 'no tasks'}",
     ]
+
+
+def _settings(section: MethodSection) -> str:
+    said = ", ".join(f"{key}={value}" for key, value in section.settings.items())
+    return f" ({said})" if said else ""
 
 
 def _top(categories: Mapping[str, int], shown: int = 3) -> str:

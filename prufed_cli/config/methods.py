@@ -16,9 +16,11 @@ from prufed_cli.config.models import (
     PrunerConfig,
     PrunerOverride,
     SamplerConfig,
+    ServerOptimizerConfig,
     TunerConfig,
     TunerOverride,
     merged,
+    none_by_name,
     pruner_for,
 )
 from prufed_plugins.discover import catalog, check_settings
@@ -41,6 +43,8 @@ def method_problems(document: Mapping[str, Any]) -> Iterator[Problem]:
     """
     yield from _plain(document, "sampler", SamplerConfig, ("sampler",))
     yield from _plain(document, "aggregator", AggregatorConfig, ("aggregator",))
+    if none_by_name(document.get("server_optimizer")) is not None:
+        yield from _plain(document, "optimizer", ServerOptimizerConfig, ("server_optimizer",))
     data = document.get("data")
     if isinstance(data, Mapping):
         yield from _plain(data, "partitioner", PartitionConfig, ("data", "partition"))

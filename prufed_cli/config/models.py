@@ -79,6 +79,12 @@ def _device(text: str) -> str:
     return text
 
 
+def none_by_name(value: object) -> object:
+    """Let ``none`` say that there is no such section."""
+    named = value.get("name") if isinstance(value, Mapping) else value
+    return None if named == "none" else value
+
+
 def _one_as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
@@ -144,6 +150,12 @@ class AggregatorConfig(MethodSection):
     name: MethodName = Field(
         default="heteagg", description="an aggregator; `prufed plugins` lists them"
     )
+
+
+class ServerOptimizerConfig(MethodSection):
+    """How the global adapter steps towards the merged one."""
+
+    name: MethodName = Field(description="a server optimizer; `prufed plugins` lists them")
 
 
 class PartitionConfig(MethodSection):
@@ -320,6 +332,9 @@ class FederationConfig(Section):
     adapter: AdapterConfig = AdapterConfig()
     tuner: TunerConfig = TunerConfig()
     aggregator: AggregatorConfig = AggregatorConfig()
+    server_optimizer: Annotated[ServerOptimizerConfig | None, BeforeValidator(none_by_name)] = (
+        Field(default=None, description="none: the merged adapter is the global one")
+    )
     data: DataConfig | None = None
     evaluate: EvaluateConfig = EvaluateConfig()
     write_back: WriteBackConfig = WriteBackConfig()

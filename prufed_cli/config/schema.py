@@ -13,6 +13,7 @@ from prufed_cli.config.models import (
     PrunerConfig,
     PrunerOverride,
     SamplerConfig,
+    ServerOptimizerConfig,
     TunerConfig,
     TunerOverride,
 )
@@ -27,6 +28,7 @@ DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 _SECTIONS: Final[Mapping[type[MethodSection], Kind]] = {
     SamplerConfig: "sampler",
     AggregatorConfig: "aggregator",
+    ServerOptimizerConfig: "optimizer",
     PartitionConfig: "partitioner",
     PrunerConfig: "pruner",
     PrunerOverride: "pruner",
@@ -53,7 +55,8 @@ def _section(
     """Return a section that allows, for each method, that method's parameters."""
     properties = {k: v for k, v in generated["properties"].items() if k != "settings"}
     names = {"anyOf": [{"enum": [entry.name for entry in entries]}, {"type": "string"}]}
-    default = model.model_fields["name"].default
+    named = model.model_fields["name"]
+    default = None if named.is_required() else named.default
     properties["name"] = {
         **names,
         **({"default": default} if default else {}),

@@ -47,6 +47,10 @@ tuner:
 # How the adapters are merged: heteagg, heteagg-layer, fedavg.
 aggregator: {name: heteagg}
 
+# How the global adapter steps towards the merged one, by default all the way: fedavgm, fedadagrad,
+# fedyogi, fedadam.
+# server_optimizer: {name: fedavgm, lr: 1.0, momentum: 0.9}
+
 # One file split over the clients that have no `data` of their own: iid, stratified-iid,
 # by-category, dirichlet, shards, quantity, natural. A row is {"instruction": ..., "context": ...,
 # "response": ..., "category": ...}; Alpaca's fields, chat `messages` and plain `text` work too.

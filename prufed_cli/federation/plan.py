@@ -293,6 +293,9 @@ def describe(plan: Plan) -> dict[str, Any]:
         "seed": config.seed,
         "sampler": config.sampler.model_dump(mode="json"),
         "aggregator": config.aggregator.model_dump(mode="json"),
+        "server_optimizer": (
+            config.server_optimizer.model_dump(mode="json") if config.server_optimizer else None
+        ),
         "write_back": config.write_back.model_dump(mode="json"),
         "evaluate": config.evaluate.model_dump(mode="json"),
         "digest": plan.digest,

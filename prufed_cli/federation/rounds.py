@@ -29,9 +29,10 @@ from prufed_cli.federation.local import Job, LocalEngine, Outcome
 from prufed_cli.federation.rehearsal import rehearse
 from prufed_cli.federation.scoring import Scoring, numbers
 from prufed_cli.federation.seeds import derive
+from prufed_cli.federation.server_state import forget_older, load_state, save_state
 from prufed_cli.models.adapters import AdapterSpec, init_global, target_layers, target_shapes
 from prufed_plugins.aggregators.streaming import aggregate
-from prufed_plugins.api import Aggregator, GlobalState, Sampler, TuneStep
+from prufed_plugins.api import Aggregator, GlobalState, Sampler, ServerOptimizer, TuneStep
 from prufed_plugins.discover import build
 from prufed_plugins.masks import magnitude_mask
 from prufed_registry import Parent, fingerprint
@@ -39,6 +40,7 @@ from prufed_registry import Parent, fingerprint
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from prufed_cli.config.models import ServerOptimizerConfig
     from prufed_cli.federation.journal import Event, Run
     from prufed_cli.federation.plan import Plan
     from prufed_cli.progress import Reporter
@@ -78,6 +80,7 @@ class Federation:
         evaluates: whether rounds are evaluated as the configuration says.
         newest: the last global adapter that was published.
         masks: of every client's factors, by client and global name.
+        optimizer: takes the step from one global adapter to the next; None takes the merged one.
     """
 
     run: Run
@@ -94,6 +97,7 @@ class Federation:
     evaluates: bool = True
     newest: Artifact | None = None
     masks: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    optimizer: ServerOptimizer | None = None
 
     # --- the loop --------------------------------------------------------------------------------
 
@@ -110,6 +114,8 @@ class Federation:
             for index in range(config.rounds)
         ]
         rehearse(sampled, self.clients, aggregator, self.state)
+        self._restore_optimizer()
+        self._warn_of_two_steps()
         with self.reporter.task("rounds", total=config.rounds) as task:
             for index, names in enumerate(sampled):
                 merged = self.run.find("merged", round=index)
@@ -125,6 +131,22 @@ class Federation:
         if not self.run.finished:
             self.run.record("finished", ref=self.newest.ref, digest=self.newest.digest)
         return self.newest
+
+    def _restore_optimizer(self) -> None:
+        """Take back the optimizer's state after the last merged round."""
+        merged = self.run.find("merged")
+        if self.optimizer is not None and merged is not None:
+            load_state(self.run.directory, merged["optimizer"], self.optimizer)
+
+    def _warn_of_two_steps(self) -> None:
+        """Say where the aggregator shortens the step before the server optimizer takes its own."""
+        aggregator = self.plan.config.aggregator
+        joins = aggregator.settings.get("include_global", "auto")
+        if self.optimizer is not None and aggregator.name == "heteagg" and joins is not False:
+            self.reporter.warn(
+                "heteagg lets the global adapter join the mean, which shortens the step before "
+                "the server optimizer takes it; aggregator.include_global=false leaves it alone"
+            )
 
     def _round(self, index: int, names: Sequence[str], aggregator: Aggregator) -> None:
         if self.run.find("round", round=index) is None:
@@ -316,12 +338,16 @@ class Federation:
             "params": config.aggregator.settings,
             "seed": config.seed,
         }
+        if config.server_optimizer is not None:
+            recipe["server_optimizer"] = config.server_optimizer.model_dump(mode="json")
         updates = [
             read_update(self.clients[name], done[name], index, transposed=self.transposed)
             for name in done
         ]
         with self.reporter.task(f"round {index + 1}: merge {len(updates)} adapters"):
-            merged = aggregate(aggregator, updates, self.state, on_invalid="exclude")
+            merged = aggregate(
+                aggregator, updates, self.state, optimizer=self.optimizer, on_invalid="exclude"
+            )
         for name, reason in merged.excluded.items():
             self.reporter.warn(f"client {name} is excluded from the merge: {reason}")
         if len(done) - len(merged.excluded) < config.min_clients:
@@ -345,6 +371,9 @@ class Federation:
             transposed=self.transposed,
         )
         self.newest = artifact
+        extra: dict[str, Any] = {}
+        if self.optimizer is not None:
+            extra["optimizer"] = save_state(self.run.directory, index, self.optimizer)
         self.run.record(
             "merged",
             round=index,
@@ -354,7 +383,10 @@ class Federation:
             excluded=dict(merged.excluded),
             diagnostics={module: dict(d) for module, d in merged.diagnostics.items()},
             seconds=round(time.monotonic() - started, 3),
+            **extra,
         )
+        if self.optimizer is not None:
+            forget_older(self.run.directory, extra["optimizer"])
         self.reporter.note(
             f"round {index + 1}: {artifact.ref} from {', '.join(sorted(done))} "
             f"({_losses(self.run.select('client', round=index))})"
@@ -509,7 +541,15 @@ def make_federation(
         scoring=scoring,
         reporter=reporter,
         transposed=transposed,
+        optimizer=_optimizer(config.server_optimizer),
     )
+
+
+def _optimizer(config: ServerOptimizerConfig | None) -> ServerOptimizer | None:
+    if config is None:
+        return None
+    made: ServerOptimizer = build("optimizer", config.name, config.settings)
+    return made
 
 
 def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:

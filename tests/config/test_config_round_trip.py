@@ -76,6 +76,7 @@ documents = st.fixed_dictionaries(
         "adapter": adapters,
         "tuner": tuners,
         "aggregator": st.sampled_from(["heteagg", "fedavg"]),
+        "server_optimizer": st.sampled_from(["none", "fedavgm", {"name": "fedadam", "lr": 0.5}]),
         "evaluate": some(tasks=st.lists(names), every=counts, limit=counts, clients=st.booleans()),
         "write_back": some(share=shares),
         "min_clients": st.just(1),

@@ -129,6 +129,7 @@ def test_every_reference_in_the_schema_leads_somewhere() -> None:
     [
         ("SamplerConfig", "sampler"),
         ("AggregatorConfig", "aggregator"),
+        ("ServerOptimizerConfig", "optimizer"),
         ("PartitionConfig", "partitioner"),
         ("PrunerConfig", "pruner"),
         ("TunerConfig", "tuner"),

@@ -40,7 +40,19 @@ def start_and_kill(
     home: Path, document: dict[str, Any], when: Callable[[Path], bool], patience: float = 120
 ) -> None:
     """Run in a process of its own and kill it with SIGKILL as soon as ``when`` is true."""
-    process = multiprocessing.get_context("fork").Process(target=run, args=(home, document))
+    _kill(
+        multiprocessing.get_context("fork").Process(target=run, args=(home, document)),
+        *(home, when, patience),
+    )
+
+
+def resume_and_kill(home: Path, when: Callable[[Path], bool], patience: float = 120) -> None:
+    """Resume in a process of its own and kill it likewise."""
+    process = multiprocessing.get_context("fork").Process(target=resume, args=(home, "fed-1"))
+    _kill(process, home, when, patience)
+
+
+def _kill(process: Any, home: Path, when: Callable[[Path], bool], patience: float) -> None:
     process.start()
     deadline = time.monotonic() + patience
     while process.is_alive() and not when(home) and time.monotonic() < deadline:
@@ -55,6 +67,12 @@ def start_and_kill(
 def events(home: Path) -> int:
     files = list((home / "runs").glob("*/events.jsonl"))
     return files[0].read_bytes().count(b"\n") if files else 0
+
+
+def journalled(home: Path, kind: str) -> int:
+    """Return how many events of this kind the journal has."""
+    files = list((home / "runs").glob("*/events.jsonl"))
+    return files[0].read_bytes().count(f'"event":"{kind}"'.encode()) if files else 0
 
 
 def published(home: Path, count: int) -> bool:
@@ -98,6 +116,48 @@ def test_killed_and_resumed_ends_with_the_same_bytes(
     assert adapters(tmp_path) == uninterrupted
     assert registry.verify() == []
     assert journal.load(tmp_path / "runs", "fed-1").finished
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fedavgm", "fedadam"])
+def test_the_server_optimizer_goes_on_where_it_was(
+    tmp_path: Path, configuration: dict[str, Any], name: str
+) -> None:
+    configuration["server_optimizer"] = {"name": name, "lr": 0.05}
+    configuration["rounds"] = 3
+    configuration["clients"] = configuration["clients"][:2]
+    run(tmp_path / "whole", configuration)
+
+    def merged(count: int) -> Callable[[Path], bool]:
+        return lambda home: journalled(home, "merged") >= count
+
+    start_and_kill(tmp_path / "killed", configuration, merged(1))
+    resume_and_kill(tmp_path / "killed", merged(2))
+    resume(tmp_path / "killed", "fed-1")
+    assert adapters(tmp_path / "killed") == adapters(tmp_path / "whole")
+    states = [
+        [(path.name, path.read_bytes()) for path in (home / "runs" / "fed-1").glob("optimizer-*")]
+        for home in (tmp_path / "killed", tmp_path / "whole")
+    ]
+    assert states[0] == states[1]
+    assert [state_name for state_name, _ in states[0]] == ["optimizer-2.safetensors"]
+
+
+def test_a_lost_state_of_the_server_optimizer_is_noticed(
+    tmp_path: Path, configuration: dict[str, Any]
+) -> None:
+    configuration |= {"server_optimizer": "fedadam", "rounds": 1}
+    configuration["clients"] = configuration["clients"][:1]
+    run(tmp_path, configuration)
+    (state,) = (tmp_path / "runs" / "fed-1").glob("optimizer-*")
+    content = bytearray(state.read_bytes())
+    content[-1] ^= 1
+    state.write_bytes(content)
+    with pytest.raises(PrufedError, match="is damaged, so the server optimizer cannot go on"):
+        resume(tmp_path, "fed-1")
+    state.unlink()
+    with pytest.raises(PrufedError, match="is missing"):
+        resume(tmp_path, "fed-1")
 
 
 def test_resuming_a_finished_run_changes_nothing(

@@ -13,6 +13,7 @@ from prufed_plugins.testing.checks import Check, Outcome, run_checks
 
 if TYPE_CHECKING:
     from prufed_plugins.testing.aggregator import check_aggregator
+    from prufed_plugins.testing.optimizer import check_optimizer
     from prufed_plugins.testing.partitioner import check_partitioner
     from prufed_plugins.testing.pruner import check_pruner
     from prufed_plugins.testing.sampler import check_sampler
@@ -22,6 +23,7 @@ __all__ = [
     "Check",
     "Outcome",
     "check_aggregator",
+    "check_optimizer",
     "check_partitioner",
     "check_pruner",
     "check_sampler",
@@ -35,6 +37,7 @@ KITS: Final = {
     "tuner": "check_tuner",
     "sampler": "check_sampler",
     "partitioner": "check_partitioner",
+    "optimizer": "check_optimizer",
 }
 """The kit of each kind of method that has one."""
 

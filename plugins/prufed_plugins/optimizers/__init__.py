@@ -1,0 +1,1 @@
+"""Methods that turn the aggregate into a step of the global adapter: one method, one file."""
