@@ -543,8 +543,17 @@ class TuneResult:
     tokens: int
 
 
+Factors = Literal["A", "B", "AB"]
+"""Which factors of a LoRA adapter are meant."""
+
+
 class Tuner(Protocol):
-    """Trains an attached adapter on one client's data."""
+    """Trains an attached adapter on one client's data.
+
+    One that leaves a factor alone says so by a method ``trains(round_index: int) -> Factors``; a
+    factor that no client of a round trained stays what it was, bit for bit, whatever the aggregator
+    and the server optimizer make of it.
+    """
 
     def tune(
         self,

@@ -269,6 +269,27 @@ def prufed_tuners() -> Iterator[Method]:
         summary="AdamW on the adapter with linear decay, masks held exactly",
         paper="Hu et al. 2021, https://arxiv.org/abs/2106.09685",
     )
+    yield Method(
+        name="ffa",
+        target="prufed_plugins.tuners.ffa:FfaTuner",
+        params=params.FfaParams,
+        summary="lora on B alone; A stays as all clients began with it",
+        paper="Sun et al. 2024 (FFA-LoRA), https://arxiv.org/abs/2403.12313",
+    )
+    yield Method(
+        name="rolora",
+        target="prufed_plugins.tuners.rolora:RoloraTuner",
+        params=params.RoloraParams,
+        summary="lora on B in odd rounds, on A in even ones",
+        paper="Chen et al. 2024 (RoLoRA), https://arxiv.org/abs/2409.02346",
+    )
+    yield Method(
+        name="fedprox",
+        target="prufed_plugins.tuners.fedprox:FedProxTuner",
+        params=params.FedProxParams,
+        summary="lora with a pull towards the global adapter",
+        paper="Li et al. 2018 (FedProx), https://arxiv.org/abs/1812.06127",
+    )
 
 
 @hookimpl

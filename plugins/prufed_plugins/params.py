@@ -266,6 +266,22 @@ class LoraParams(Params):
     )
 
 
+class FfaParams(LoraParams):
+    """Parameters of the tuner ``ffa``."""
+
+
+class RoloraParams(LoraParams):
+    """Parameters of the tuner ``rolora``."""
+
+
+class FedProxParams(LoraParams):
+    """Parameters of the tuner ``fedprox``."""
+
+    mu: float = Field(
+        default=0.01, ge=0, description="μ, weight of the pull towards the global adapter"
+    )
+
+
 # --- aggregators ---------------------------------------------------------------------------------
 
 

@@ -33,7 +33,7 @@ pruner:
 # The masked LoRA adapter. Presets: lego, lego-literal, sparse-peft, dense.
 adapter: {r: 16, alpha: 16, dropout: 0.05, target_modules: [q_proj], preset: lego}
 
-# How a client trains on its rows.
+# How a client trains on its rows: lora, ffa, rolora, fedprox.
 tuner:
   name: lora
   epochs: 1

@@ -149,7 +149,7 @@ class LocalEngine:
             client.local(job.masks),
             resident.masks,
         ) as adapted:
-            return _tuner(client).tune(
+            return make_tuner(client).tune(
                 adapted,
                 data,
                 job.seed,
@@ -182,7 +182,8 @@ class LocalEngine:
         return wanted
 
 
-def _tuner(client: Client) -> Tuner:
+def make_tuner(client: Client) -> Tuner:
+    """Return the client's tuner, with its settings."""
     from prufed_plugins.discover import build
 
     tuner: Tuner = build("tuner", client.plan.tuner.name, client.plan.tuner.settings)

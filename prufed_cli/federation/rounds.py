@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,14 +25,22 @@ from prufed_cli.federation.artifacts import (
     read_update,
 )
 from prufed_cli.federation.clients import Client, make_client, make_spec
-from prufed_cli.federation.local import Job, LocalEngine, Outcome
+from prufed_cli.federation.local import Job, LocalEngine, Outcome, make_tuner
 from prufed_cli.federation.rehearsal import rehearse
+from prufed_cli.federation.resting import RestingOptimizer, rested, resting_factors
 from prufed_cli.federation.scoring import Scoring, numbers
 from prufed_cli.federation.seeds import derive
 from prufed_cli.federation.server_state import forget_older, load_state, save_state
 from prufed_cli.models.adapters import AdapterSpec, init_global, target_layers, target_shapes
-from prufed_plugins.aggregators.streaming import aggregate
-from prufed_plugins.api import Aggregator, GlobalState, Sampler, ServerOptimizer, TuneStep
+from prufed_plugins.aggregators.streaming import Aggregated, aggregate
+from prufed_plugins.api import (
+    Aggregator,
+    GlobalState,
+    Sampler,
+    ServerOptimizer,
+    TuneStep,
+    Update,
+)
 from prufed_plugins.discover import build
 from prufed_plugins.masks import magnitude_mask
 from prufed_registry import Parent, fingerprint
@@ -345,9 +353,7 @@ class Federation:
             for name in done
         ]
         with self.reporter.task(f"round {index + 1}: merge {len(updates)} adapters"):
-            merged = aggregate(
-                aggregator, updates, self.state, optimizer=self.optimizer, on_invalid="exclude"
-            )
+            merged = self._aggregate(index, updates, aggregator)
         for name, reason in merged.excluded.items():
             self.reporter.warn(f"client {name} is excluded from the merge: {reason}")
         if len(done) - len(merged.excluded) < config.min_clients:
@@ -391,6 +397,18 @@ class Federation:
             f"round {index + 1}: {artifact.ref} from {', '.join(sorted(done))} "
             f"({_losses(self.run.select('client', round=index))})"
         )
+
+    def _aggregate(
+        self, index: int, updates: Sequence[Update], aggregator: Aggregator
+    ) -> Aggregated:
+        """Merge, step, and leave alone what nobody trained."""
+        tuners = [make_tuner(self.clients[update.client]) for update in updates]
+        resting = resting_factors(tuners, index)
+        optimizer = self.optimizer and RestingOptimizer(self.optimizer, resting)
+        merged = aggregate(
+            aggregator, updates, self.state, optimizer=optimizer, on_invalid="exclude"
+        )
+        return replace(merged, state=rested(merged.state, self.state, resting))
 
     # --- writing back ----------------------------------------------------------------------------
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prufed_plugins.api import AdaptedModel, TrainingData, TuneResult, TuneStep
+from prufed_plugins.api import AdaptedModel, Factors, TrainingData, TuneResult, TuneStep
 from prufed_plugins.errors import MethodError
+from prufed_plugins.masks import split_factor
 from prufed_plugins.params import LoraParams
 
 IGNORE = -100
@@ -34,6 +35,8 @@ def train(
     seed: int,
     on_step: Callable[[TuneStep], None],
     pad_token_id: int,
+    factors: Factors = "AB",
+    mu: float = 0.0,
 ) -> TuneResult:
     """Train the adapter with AdamW and return its tensors.
 
@@ -48,6 +51,8 @@ def train(
         seed: of the order of the rows and of dropout.
         on_step: told about each optimizer step.
         pad_token_id: any id the model knows; padding is masked and carries no loss.
+        factors: which are trained; the others stay as they are, bit for bit.
+        mu: weight of a pull towards where the adapter started, see :func:`add_pull`.
 
     Raises:
         MethodError: no row has a token to learn from, or the loss or a gradient is not finite.
@@ -60,15 +65,18 @@ def train(
         )
     steps = settings.epochs * math.ceil(len(rows) / settings.batch_size)
     total = steps if settings.max_steps is None else min(steps, settings.max_steps)
-    parameters = list(model.parameters.values())
+    trained = {name: p for name, p in model.parameters.items() if split_factor(name)[1] in factors}
+    start = {name: p.detach().clone() for name, p in trained.items()} if mu else {}
+    parameters = list(trained.values())
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
     losses: list[float] = []
     tokens = 0
-    with _seeded(parameters[0].device, seed), _training(model.module):
+    with _seeded(parameters[0].device, seed), _training(model.module), _only(model, trained):
         for step, batch in enumerate(_batches(data, rows, settings, seed, total), start=1):
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * _decay(step - 1, total, settings.warmup_steps)
             losses.append(_accumulate(model, data, batch, settings, pad_token_id, step))
+            add_pull(trained, start, mu)
             _mask_gradients(model)
             _clip(parameters, settings.max_grad_norm, step)
             optimizer.step()
@@ -178,6 +186,24 @@ def summed_loss(
     return F.cross_entropy(chosen, targets[learned], reduction="sum"), int(learned.sum())
 
 
+def add_pull(
+    parameters: Mapping[str, nn.Parameter], start: Mapping[str, Tensor], mu: float
+) -> None:
+    """Add the gradient μ (θ − θ_g) of FedProx's term μ/2 ‖θ − θ_g‖² (1812.06127, Equation 2).
+
+    Args:
+        parameters: θ by name, with gradients; masked-out entries are zero in θ and θ_g alike.
+        start: θ_g by the same names; looked at only where ``mu`` is not 0.
+        mu: μ ≥ 0.
+    """
+    for name, parameter in parameters.items() if mu else ():
+        pull = parameter.detach() - start[name]
+        if parameter.grad is None:
+            parameter.grad = pull.mul_(mu)
+        else:
+            parameter.grad.add_(pull, alpha=mu)
+
+
 def _mask_gradients(model: AdaptedModel) -> None:
     """Zero the gradients of masked-out entries, so that their moments never leave zero."""
     for name, mask in model.masks.items():
@@ -205,6 +231,19 @@ def _seeded(device: torch.device, seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
+
+
+@contextmanager
+def _only(model: AdaptedModel, trained: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Let only ``trained`` take gradients: the others' would be thrown away."""
+    required = {name: parameter.requires_grad for name, parameter in model.parameters.items()}
+    for name, parameter in model.parameters.items():
+        parameter.requires_grad_(name in trained)
+    try:
+        yield
+    finally:
+        for name, parameter in model.parameters.items():
+            parameter.requires_grad_(required[name])
 
 
 @contextmanager
