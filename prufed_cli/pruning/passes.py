@@ -18,7 +18,7 @@ from prufed_cli.models.streaming import StreamedDecoder
 from prufed_cli.pruning.blocks import BlockStore
 from prufed_cli.pruning.job import Job
 from prufed_cli.pruning.memory import return_freed_memory
-from prufed_cli.pruning.plan import Plan, make_plan, warn_of_few_tokens
+from prufed_cli.pruning.plan import Plan, in_batches, make_plan, warn_of_few_tokens
 from prufed_cli.pruning.publish import Outcome, masked_outcome, publish, sliced_outcome
 from prufed_cli.pruning.scores import check_tokens, perplexity_report
 from prufed_cli.pruning.work import Work, take_work
@@ -45,6 +45,7 @@ def run_pass(job: Job, wanted: Sequence[int]) -> list[Artifact]:
     started = time.monotonic()
     return_freed_memory()
     skeleton, decoder = _open(job)
+    job = in_batches(job, skeleton, decoder)
     with take_work(job.workplace, job.fingerprint) as work:
         if job.options.force:
             work.clear()
@@ -65,7 +66,8 @@ def plan_pass(job: Job) -> Plan:
     Raises:
         PrufedError: as :func:`run_pass`.
     """
-    return make_plan(job, *_open(job))
+    opened = _open(job)
+    return make_plan(in_batches(job, *opened), *opened)
 
 
 def _open(job: Job) -> tuple[Skeleton, StreamedDecoder]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from prufed_cli.errors import FAILED, PrufedError
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _COPIES = 5
 """Float32 copies of the matrix at hand: its values, their changes, scores, errors, and a spare."""
+_SMALL_BATCH = 32 * 10**6
+"""Bytes that a batch may take on its way through a block however small the block is."""
 _FACTORS = 1
 """Statistics of the largest input that are held besides those of the block, to work with them."""
 
@@ -113,8 +115,7 @@ def make_plan(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, begin: int
     if batches:
         groups, forward = _probe(decoder, batches[0][:1])
         columns = [max(shapes[0][name][1] for name in group) for group in groups]
-        inner = max(max(shape) for shape in shapes[0].values())
-        batch = max(batch, batches[0].numel() * (3 * inner + 4 * hidden) * width)
+        batch = max(batch, batches[0].numel() * _token_bytes(job, skeleton, decoder))
         seconds = _seconds(job, forward, columns, shapes[0]) * (len(shapes) - begin)
         seconds += forward * sum(each.shape[0] for each in batches) * begin
     one = statistic_bytes(job)
@@ -143,6 +144,32 @@ def make_plan(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, begin: int
         limit,
         seconds,
     )
+
+
+def in_batches(job: Job, skeleton: Skeleton, decoder: StreamedDecoder) -> Job:
+    """Return the job with calibration batches whose way through a block takes half a block.
+
+    A small block may take 32 MB, so that small models are not run sequence by sequence. The sizes
+    hang on the model alone: another memory limit must not give other roundings.
+    """
+    import torch
+
+    if job.calibration is None:
+        return job
+    width = job.options.compute.itemsize
+    half = _block_bytes(skeleton, decoder, 0, width) // 2
+    tokens = max(half, _SMALL_BATCH) // _token_bytes(job, skeleton, decoder)
+    sequences = torch.cat(job.calibration.batches)
+    rows = max(1, min(tokens // sequences.shape[1], len(job.calibration.batches[0])))
+    batches = list(torch.split(sequences, rows))
+    return replace(job, calibration=replace(job.calibration, batches=batches))
+
+
+def _token_bytes(job: Job, skeleton: Skeleton, decoder: StreamedDecoder) -> int:
+    """Return what a token takes on its way through a block whose inputs are looked at."""
+    hidden = skeleton.model.config.get_text_config().hidden_size
+    inner = max(max(shape) for shape in decoder.shapes(0).values())
+    return int((6 * inner + 8 * hidden) * job.options.compute.itemsize)
 
 
 def statistic_bytes(job: Job) -> Callable[[int], int]:

@@ -126,7 +126,7 @@ def _kth_smallest(scores: Tensor, count: int) -> Tensor:
     import numpy as np
 
     ordered = np.partition(scores.numpy(), count - 1, axis=-1)
-    return torch.from_numpy(ordered[..., count - 1 : count])
+    return torch.from_numpy(ordered[..., count - 1 : count].copy())  # lets the others go
 
 
 def _drop_late_ties(chosen: Tensor, scores: Tensor, threshold: Tensor, count: int) -> None:
@@ -135,7 +135,7 @@ def _drop_late_ties(chosen: Tensor, scores: Tensor, threshold: Tensor, count: in
     below = scores[rows] < threshold[rows]
     tied = scores[rows] == threshold[rows]
     wanted = count - below.sum(dim=-1, keepdim=True)
-    chosen[rows] = below | (tied & (tied.cumsum(dim=-1) <= wanted))
+    chosen[rows] = below | (tied & (tied.cumsum(dim=-1, dtype=torch.int32) <= wanted))
 
 
 def smallest_of_groups(scores: Tensor, pattern: tuple[int, int]) -> Tensor:

@@ -158,7 +158,7 @@ class ElementPruner(Generic[S]):
                 else:
                     found = None if observed is None else observed[name]
                     yield self._prune_matrix(name, module, found, targets, decoder.dtype, dense)
-            del observed
+            observed = found = None  # the next block's statistics are not held beside these
             if states is not None and more and not dense:
                 advance(decoder, index, states)
             progress("block", index + 1, total)
