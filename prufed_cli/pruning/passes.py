@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from prufed_cli.errors import Interrupted, PrufedError
+from prufed_cli.errors import Interrupted
 from prufed_cli.evaluation.perplexity import Perplexity
 from prufed_cli.models.activations import Activations
 from prufed_cli.models.base import share_cores
@@ -92,7 +92,7 @@ def _prune(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, work: Work) -
     decoder.release()
     decoder.hold_in(work.path if plan.in_file else None)
     store = BlockStore(work, skeleton, decoder, len(job.made))
-    if 0 < finished < total:
+    if finished:
         job.reporter.note(f"resuming after block {finished} of {total}")
     with job.reporter.task(f"prune with {job.method}", total=total) as task:
         task.advance(finished)
@@ -178,7 +178,7 @@ def _scorer(job: Job, work: Work) -> Callable[[Path], dict[str, Any]]:
 
 @contextmanager
 def _can_be_resumed(job: Job, work: Work, total: int) -> Iterator[None]:
-    """Say how work that is cut off goes on, and drop work that would fail the same way again."""
+    """Say how work that is cut off goes on, and drop work that a method refuses to finish."""
 
     def how() -> str | None:
         done = work.finished(len(job.made), total)
@@ -193,7 +193,7 @@ def _can_be_resumed(job: Job, work: Work, total: int) -> Iterator[None]:
         if hint is None:
             raise
         raise Interrupted(hint) from interrupt
-    except (MethodError, PrufedError):
+    except MethodError:
         work.clear()
         raise
     except Exception as error:

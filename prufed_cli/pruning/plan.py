@@ -15,6 +15,7 @@ from prufed_cli.pruning.job import Job
 from prufed_cli.pruning.memory import available_memory, show_size
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 _COPIES = 5
@@ -37,7 +38,8 @@ class Plan:
         batch: one batch on its way through a block, or the copies of one matrix.
         activations: the hidden states of the whole calibration text.
         in_file: whether they wait in a file.
-        limit: what may be held.
+        separate: whether blocks compute on a device of their own, and activations wait on the host.
+        limit: what may be held, on that device where there is one.
         seconds: a rough estimate; None where nothing was measured.
     """
 
@@ -48,6 +50,7 @@ class Plan:
     batch: int
     activations: int
     in_file: bool
+    separate: bool
     limit: int
     seconds: float | None
 
@@ -58,8 +61,8 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """The memory that will be held."""
-        return self.least + (0 if self.in_file else self.activations)
+        """The memory that will be held, on the device where blocks have one of their own."""
+        return self.least + (0 if self.in_file or self.separate else self.activations)
 
     def lines(self) -> list[str]:
         """Return the plan for a person."""
@@ -69,7 +72,8 @@ class Plan:
             f"the largest {show_size(self.block)}",
             f"activations {show_size(self.activations)} {where}, "
             f"statistics {show_size(self.statistics)}, one batch {show_size(self.batch)}",
-            f"peak memory about {show_size(self.peak)} of {show_size(self.limit)} allowed",
+            f"peak memory about {show_size(self.peak)} of {show_size(self.limit)} "
+            + ("free on the device" if self.separate else "allowed"),
         ]
         if self.seconds is not None:
             lines.append(f"time about {_duration(self.seconds)}")
@@ -122,17 +126,19 @@ def make_plan(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, begin: int
     statistics = sum(one(count) for count in columns)
     statistics += _FACTORS * max((one(count) for count in columns), default=0)
     activations = sum(each.numel() for each in batches) * hidden * width
-    limit = job.options.max_memory or available_memory()
+    host = job.options.max_memory or available_memory()
+    separate = job.options.device.type == "cuda"
+    limit = _free_on(job.options.device) if separate else host
     least = max(sizes) + statistics + batch
     if least > limit:
         raise PrufedError(
             f"one decoder block with its statistics and a batch takes about {show_size(least)}, "
             f"more than the {show_size(limit)} there may be",
-            f"allow --max-memory {math.ceil(least / 10**6)}MB, or use a shorter --length",
+            f"{_more_room(separate, least)}, or use a shorter --length",
             FAILED,
         )
     parameters = sum(math.prod(one.shape) for one in skeleton.stored.values())
-    in_file = least + activations > limit
+    in_file = activations + (0 if separate else least) > host
     return Plan(
         parameters,
         len(sizes),
@@ -141,6 +147,7 @@ def make_plan(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, begin: int
         batch,
         activations,
         in_file,
+        separate,
         limit,
         seconds,
     )
@@ -250,6 +257,18 @@ def _seconds(
         work += len(job.made) * sum(2 * rows * c * c for rows, c in shapes.values())
         seconds += work / rate
     return seconds
+
+
+def _free_on(device: torch.device) -> int:
+    import torch
+
+    return int(torch.cuda.mem_get_info(device)[0])
+
+
+def _more_room(separate: bool, least: int) -> str:
+    if separate:
+        return "use --device cpu or --dtype bfloat16"
+    return f"allow --max-memory {math.ceil(least / 10**6)}MB"
 
 
 def _block_bytes(skeleton: Skeleton, decoder: StreamedDecoder, index: int, width: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -135,6 +136,8 @@ def test_other_arguments_begin_anew_and_are_not_mixed(
     child = fork(*slow)
     wait_for(child, lambda: finished(prufed_home) >= 2)
     kill(child)
+    prufed(*slow, "--max-memory", "1KB").refused(1, "more than the 1 KB there may be")
+    assert finished(prufed_home) >= 2  # too little memory costs nothing that is finished
     other = [0.6 if argument == "0.5" else argument for argument in slow]
     made = prufed(*other)
     assert "resuming" not in made.err
@@ -182,6 +185,28 @@ def test_old_work_is_swept(
         os.utime(file, (then, then))
     prufed(*fresh, "--force")
     assert not path.exists()
+
+
+@pytest.mark.parametrize(("limit", "done"), [(20_000, 0), (100_000, 4)], ids=["block", "model"])
+def test_a_full_disk_is_one_sentence_and_what_was_finished_stays(
+    prufed: Call, registry: Registry, prufed_home: Path, limit: int, done: int
+) -> None:
+    """A file size limit fails a write halfway, as a full disk does, and needs no privileges."""
+    wanted = ("prune", "--base", "tiny", "--method", "magnitude", "--sparsity", "0.5")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        called = prufed(*wanted)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    called.refused(1, "the disk is full")
+    assert finished(prufed_home) == done
+    assert [artifact.ref for artifact in registry.list()] == ["tiny@v1"]
+    assert registry.gc(dry_run=True).items == ()
+    made = prufed(*wanted)
+    assert ("resuming after block 4 of 4" in made.err) == bool(done)
+    assert digest(registry, made.out) == digest(registry, prufed(*wanted, "--force").out)
+    assert not (prufed_home / "prunes").exists()
 
 
 def test_a_method_that_fails_leaves_no_work(

@@ -446,3 +446,23 @@ def test_a_tokenizer_of_another_model(
     base = saved(new_model("llama", vocab_size=20))
     with pytest.raises(PrufedError, match=r"the tokenizer produces token .* has 20 embeddings"):
         prune(request(base, text), device="cpu")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_on_cuda_one_block_is_on_the_device_and_activations_are_on_the_host(
+    llama: Any, saved: Save, text: Path, ids: Tensor, method: str
+) -> None:
+    base = saved(llama)
+    skeleton = open_skeleton(base, "tiny", torch.float32)
+    decoder = StreamedDecoder(skeleton, torch.float32, torch.device("cuda"), Activations())
+    states = decoder.embed([ids])
+    assert states[0][0].device.type == "cpu"
+    decoder.linears(2)
+    on_device = [n for n, p in skeleton.model.named_parameters() if p.device.type == "cuda"]
+    assert {name.split(".")[2] for name in on_device} == {"2"}
+    wanted = request(base, text, method=method)
+    made = [prune(wanted, device=device, force=True).artifact for device in ("cpu", "cuda")]
+    one, other = (load_masks(each.path / MASKS_FILE) for each in made)
+    equal = sum(int((one[name] == other[name]).sum()) for name in one)
+    assert equal >= 0.999 * sum(mask.numel() for mask in one.values())
