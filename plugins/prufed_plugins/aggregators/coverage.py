@@ -96,7 +96,7 @@ class CoverageSum:
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape = shape
-        self._sum = zeros(shape, np.float64)  # S
+        self._sum: np.ndarray[Any, Any] | None = None  # S, once there is any
         self._count = zeros((0,), np.uint8)  # N of the masked clients, once there are any
         self._masked = 0  # how many those are
         self._chosen: Tensor | None = None  # one client's entries, the others cleared
@@ -132,7 +132,7 @@ class CoverageSum:
         if not self._count.size:
             return torch.zeros(self.shape, dtype=torch.bool)
         covered = torch.from_numpy(self._count >= min_count - self._dense_count)
-        return None if bool(covered.all()) else covered
+        return None if covered.numpy().all() else covered
 
     def mean(self, fallback: Tensor | None, min_count: int = 1) -> Tensor:
         """Return S / C where N ≥ min_count, else ``fallback`` (None: 0), as float64."""
@@ -140,14 +140,19 @@ class CoverageSum:
         if self._count.size:
             total = total + (self._count if self._weight is None else self._weight)
         covered = self.covered(min_count)
+        if self._sum is None:
+            self._sum = zeros(self.shape, np.float64)
         mean = scratch(self.shape, np.float64)
         with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0, where nothing is covered
             np.divide(self._sum, total, out=mean)
-        if covered is not None:
-            other = 0.0 if fallback is None else fallback.double().numpy()
-            # copying what is not covered is faster than dividing only what is
-            np.copyto(mean, other, where=~covered.numpy())
-        return torch.from_numpy(mean)
+        if covered is None:
+            return torch.from_numpy(mean)
+        # dividing only where it is covered takes ten times as long
+        chosen = select(torch.from_numpy(mean), covered)
+        if fallback is not None:
+            bits = chosen.view(torch.int64)
+            bits |= select(fallback.double(), ~covered).view(torch.int64)
+        return chosen
 
     def _add_mask(self, mask: Tensor, weight: float, client: bool) -> None:
         present = _bytes(mask)
@@ -165,6 +170,10 @@ class CoverageSum:
 
     def _add_values(self, tensor: Tensor, weight: float) -> None:
         values = tensor.numpy()
+        if self._sum is None:
+            self._sum = scratch(self.shape, np.float64)
+            np.multiply(values, weight, out=self._sum, dtype=np.float64)
+            return
         if weight != 1.0:
             weighted = scratch(self.shape, np.float64)
             values = np.multiply(values, weight, out=weighted, dtype=np.float64)
@@ -283,7 +292,8 @@ def _merged(tensors: dict[str, Tensor], covered: dict[str, Tensor | None]) -> Me
     """Return the result, and as a diagnostic the share of entries that are covered."""
     entries = sum(tensor.numel() for tensor in tensors.values())
     present = sum(
-        tensors[key].numel() if mask is None else int(mask.sum()) for key, mask in covered.items()
+        tensors[key].numel() if mask is None else np.count_nonzero(mask.numpy())
+        for key, mask in covered.items()
     )
     coverage = present / entries if entries else 1.0
     return Merged(tensors, {"coverage": coverage}, covered)
