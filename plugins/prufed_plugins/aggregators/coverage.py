@@ -30,7 +30,7 @@ from prufed_plugins.memory import scratch, zeros
 Fallback = Literal["keep", "zero"]
 """What an entry that too few clients have becomes: its old value, or 0 as in Algorithm 2."""
 
-RUN: Final = 2**16
+RUN: Final = 2**15
 """Entries of a piece: their sums, in float64, and what one client sends of them."""
 
 _BITS: Final = {torch.float32: torch.int32, torch.float64: torch.int64}
