@@ -385,7 +385,13 @@ class Merged:
 
 
 class Aggregator(Protocol):
-    """Merges the clients' adapters into the global one, module by module."""
+    """Merges the clients' adapters into the global one, module by module.
+
+    Three attributes may say more of a method: ``mixes_ranks = True``, that clients of other ranks
+    than the global one can be merged; ``personal = {"B"}``, the factors that every client keeps for
+    itself, so that write-back gives it only the others; ``breaks``, the contracts that it gives up
+    and why, see :mod:`prufed_plugins.testing.aggregator`.
+    """
 
     def prepare(self, updates: Sequence[Update], state: GlobalState) -> None:
         """Look at all updates before the first merge: refuse what cannot be mixed, take norms.

@@ -167,6 +167,13 @@ def _means() -> Iterator[Method]:
         paper="Cho et al. 2024, https://arxiv.org/abs/2401.06432",
     )
     yield Method(
+        name="fedsa",
+        target="prufed_plugins.aggregators.fedsa:FedSA",
+        params=params.FedSaParams,
+        summary="mean of A; every client keeps its own B",
+        paper="Guo et al. 2024, https://arxiv.org/abs/2410.01463",
+    )
+    yield Method(
         name="fjord",
         target="prufed_plugins.aggregators.fjord:Fjord",
         params=params.FjordParams,

@@ -464,6 +464,18 @@ class InclusiveFlParams(Params):
     )
 
 
+class FedSaParams(Params):
+    """Parameters of the aggregator ``fedsa``."""
+
+    beta: float = Field(
+        default=1.0, ge=0, le=4, description="clients weigh n^beta: 1 by samples, 0 all alike"
+    )
+    global_b: Literal["mean", "keep"] = Field(
+        default="mean",
+        description="B of the global adapter, which no client gets: the mean, or as it was",
+    )
+
+
 # --- server optimizers ---------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ of the client SLMs").
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ def write_back(
     rank: int,
     own: Mapping[str, Tensor] | None = None,
     share: float = 0.0,
+    personal: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """Return a client's next adapter: the global one on its layers and mask, in its own scale.
 
@@ -42,6 +43,8 @@ def write_back(
         rank: r_i, at most the global rank.
         own: the client's tensors by global name, in its own scale; needed for ``share``.
         share: ρ in [0, 1], the part of its own values that the client keeps.
+        personal: the factors, ``A`` or ``B``, that the client keeps whole: ρ = 1 (FedSA-LoRA,
+            2410.01463).
 
     Returns:
         New tensors by global name, for the client's layers only, in the dtypes of the state.
@@ -53,16 +56,17 @@ def write_back(
     _check(state, scaling, rank, share)
     names = [name for name in state.tensors if in_layers(name, kept_layers)]
     _check_names("mask", set(masks or ()) - set(names), "unknown")
-    if share > 0:
+    if share > 0 or personal:
         _check_names("own tensor", set(names) - set(own or ()), "missing")
     factor = math.sqrt(state.scaling / scaling)
     result = {}
     for name in names:
         source = first_ranks(name, state.tensors[name], rank)
         values = source if factor == 1.0 else source.double() * factor
-        if share > 0 and own is not None:
+        part = 1.0 if split_factor(name)[1] in personal else share
+        if part > 0 and own is not None:
             kept = _fitting("own tensor", name, own[name], source.shape)
-            values = (1 - share) * values.double() + share * kept.double()
+            values = (1 - part) * values.double() + part * kept.double()
         values = values.to(source.dtype)
         mask = masks.get(name) if masks is not None else None
         if mask is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -80,6 +80,7 @@ class Client:
         masks: Mapping[str, Tensor],
         own: Mapping[str, Tensor] | None,
         share: float,
+        personal: Collection[str] = (),
     ) -> dict[str, Tensor]:
         """Return what the global adapter is for this client: global names, its own scale."""
         return write_back(
@@ -90,6 +91,7 @@ class Client:
             rank=self.spec.r,
             own=own,
             share=share,
+            personal=personal,
         )
 
     def local(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

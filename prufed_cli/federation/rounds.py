@@ -89,6 +89,8 @@ class Federation:
         newest: the last global adapter that was published.
         masks: of every client's factors, by client and global name.
         optimizer: takes the step from one global adapter to the next; None takes the merged one.
+        first: the global adapter before the first round.
+        personal: the factors that the aggregator leaves to each client.
     """
 
     run: Run
@@ -106,6 +108,11 @@ class Federation:
     newest: Artifact | None = None
     masks: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     optimizer: ServerOptimizer | None = None
+    first: GlobalState = field(init=False)
+    personal: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        self.first = self.state
 
     # --- the loop --------------------------------------------------------------------------------
 
@@ -116,6 +123,7 @@ class Federation:
         aggregator: Aggregator = build(
             "aggregator", config.aggregator.name, config.aggregator.settings
         )
+        self.personal = frozenset(getattr(aggregator, "personal", ()))
         infos = [client.info for client in self.clients.values()]
         sampled = [
             sampler.sample(index, infos, derive(config.seed, "sampler", index))
@@ -215,7 +223,8 @@ class Federation:
         """Return where the client's adapter stands before round ``index``, by global name.
 
         With ``write_back.share`` 0 that follows from the global adapter alone. Otherwise every
-        round since the client last trained has mixed the global adapter in once more.
+        round since the client last trained has mixed the global adapter in once more. Of a factor
+        that the aggregator leaves to the clients, a client that has never trained has the first.
         """
         share = self.plan.config.write_back.share
         event = next(
@@ -226,13 +235,16 @@ class Federation:
             ),
             None,
         )
-        if share == 0 or event is None:
+        if event is None and self.personal:
+            own = client.start(self.first, masks, None, 0.0)
+            return client.start(self.state, masks, own, 0.0, self.personal)
+        if event is None or (share == 0 and not self.personal):
             return client.start(self.state, masks, None, 0.0)
         own = client.globally(read_tensors(self._stored(event)))
         for earlier in range(event["round"], index):
             merged = self.run.find("merged", round=earlier)
             state = self._state_of(merged) if merged is not None else self.state
-            own = client.start(state, masks, own, share)
+            own = client.start(state, masks, own, share, self.personal)
         return own
 
     def _masks(self, client: Client) -> dict[str, Tensor]:

@@ -110,3 +110,12 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> N
     with pytest.raises(MethodError, match=message) as caught:
         write_back(STATE, **{**WHOLE, **change})
     assert caught.value.hint
+
+
+def test_a_personal_factor_stays_with_the_client() -> None:
+    own = {name: torch.full_like(tensor, 7.0) for name, tensor in STATE.tensors.items()}
+    given = write_back(STATE, **WHOLE, own=own, personal={"B"})
+    for name, tensor in given.items():
+        assert torch.equal(tensor, own[name] if "lora_B" in name else STATE.tensors[name])
+    with pytest.raises(MethodError, match="own tensor .* is missing"):
+        write_back(STATE, **WHOLE, own={}, personal={"B"})

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from prufed_cli.config.documents import validated
+from prufed_cli.federation.artifacts import read_tensors
 from prufed_cli.federation.federate import FederateResult, federate
 from prufed_plugins.builtin import prufed_aggregators
 from prufed_plugins.errors import MethodError
@@ -77,3 +79,32 @@ def test_krum_is_refused_before_training_with_too_few_clients(
 ) -> None:
     with pytest.raises(MethodError, match="needs 5 clients, and the round has 3"):
         run(tmp_path, {**configuration, "aggregator": {"name": "krum"}, "clients": CLIENTS})
+
+
+def test_with_fedsa_every_client_keeps_its_b_through_rounds_it_does_not_train_in(
+    tmp_path: Path, configuration: Document
+) -> None:
+    """Two rounds of one client each; the third client never trains."""
+    document = {
+        **configuration,
+        "rounds": 2,
+        "sampler": {"name": "sequential", "fraction": 0.34},
+        "aggregator": {"name": "fedsa"},
+        "adapter": {**configuration["adapter"], "preset": "dense"},
+        "clients": CLIENTS,
+    }
+    result = run(tmp_path, document)
+    assert [e["clients"] for e in result.run.select("merged")] == [["dense"], ["half"]]
+    registry = Registry(tmp_path / "registry")
+    last = read_tensors(result.artifact)
+    for name in ("dense", "half", "sparse"):
+        given = read_tensors(registry.list(f"fed.{name}")[-1])
+        for tensor in (t for t in given if "lora_A" in t):
+            assert torch.equal(given[tensor], last[tensor])
+        for tensor in (t for t in given if "lora_B" in t):
+            if name == "sparse":
+                assert not given[tensor].any()
+            else:
+                tuned = read_tensors(registry.list(f"fed.{name}")[0])
+                assert tuned[tensor].any()
+                assert torch.equal(given[tensor], tuned[tensor])
