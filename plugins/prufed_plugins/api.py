@@ -387,10 +387,13 @@ class Merged:
 class Aggregator(Protocol):
     """Merges the clients' adapters into the global one, module by module.
 
-    Three attributes may say more of a method: ``mixes_ranks = True``, that clients of other ranks
-    than the global one can be merged; ``personal = {"B"}``, the factors that every client keeps for
-    itself, so that write-back gives it only the others; ``breaks``, the contracts that it gives up
-    and why, see :mod:`prufed_plugins.testing.aggregator`.
+    Some attributes may say more of a method:
+
+    - ``mixes_ranks = True``: clients of other ranks than the global one can be merged.
+    - ``window(round_index, rank, global_rank) -> Sequence[int]``: the global ranks that a client of
+      lower rank has in a round, in its order; without it, the first.
+    - ``personal = {"B"}``: factors that every client keeps for itself; write-back gives the others.
+    - ``breaks``: contracts that it gives up, and why; :mod:`prufed_plugins.testing.aggregator`.
     """
 
     def prepare(self, updates: Sequence[Update], state: GlobalState) -> None:

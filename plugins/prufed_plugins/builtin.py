@@ -181,6 +181,13 @@ def _means() -> Iterator[Method]:
         paper="Horvath et al. 2021, https://arxiv.org/abs/2102.13451",
     )
     yield Method(
+        name="fedrolex",
+        target="prufed_plugins.aggregators.fedrolex:FedRolex",
+        params=params.FedRolexParams,
+        summary="every rank is the mean over the clients that have it; windows of ranks roll",
+        paper="Alam et al. 2022, https://arxiv.org/abs/2212.01548",
+    )
+    yield Method(
         name="lora-fair",
         target="prufed_plugins.aggregators.lora_fair:LoraFair",
         params=params.LoraFairParams,

@@ -476,6 +476,14 @@ class FedSaParams(Params):
     )
 
 
+class FedRolexParams(Params):
+    """Parameters of the aggregator ``fedrolex``."""
+
+    beta: float = Field(
+        default=0.0, ge=0, le=4, description="clients weigh n^beta: 1 by samples, 0 all alike"
+    )
+
+
 # --- server optimizers ---------------------------------------------------------------------------
 
 

@@ -28,6 +28,7 @@ def write_back(
     own: Mapping[str, Tensor] | None = None,
     share: float = 0.0,
     personal: Collection[str] = (),
+    window: Sequence[int] | None = None,
 ) -> dict[str, Tensor]:
     """Return a client's next adapter: the global one on its layers and mask, in its own scale.
 
@@ -45,15 +46,24 @@ def write_back(
         share: ρ in [0, 1], the part of its own values that the client keeps.
         personal: the factors, ``A`` or ``B``, that the client keeps whole: ρ = 1 (FedSA-LoRA,
             2410.01463).
+        window: the r_i global ranks that the client gets, in its order (FedRolex, 2212.01548); the
+            first by default.
 
     Returns:
         New tensors by global name, for the client's layers only, in the dtypes of the state.
 
     Raises:
-        MethodError: the rank, the scaling, the share or a shape does not fit, or a mask or the
-            client's own tensor is unknown or missing.
+        MethodError: the rank, the window, the scaling, the share or a shape does not fit, or a mask
+            or the client's own tensor is unknown or missing.
     """
     _check(state, scaling, rank, share)
+    if window is not None and (
+        len(window) != rank or len(set(window) & set(range(state.rank))) != rank
+    ):
+        raise MethodError(
+            f"window {list(window)} is not {rank} of the {state.rank} ranks",
+            "report it to the author of the aggregator",
+        )
     names = [name for name in state.tensors if in_layers(name, kept_layers)]
     _check_names("mask", set(masks or ()) - set(names), "unknown")
     if share > 0 or personal:
@@ -61,7 +71,7 @@ def write_back(
     factor = math.sqrt(state.scaling / scaling)
     result = {}
     for name in names:
-        source = first_ranks(name, state.tensors[name], rank)
+        source = ranks_of(name, state.tensors[name], range(rank) if window is None else window)
         values = source if factor == 1.0 else source.double() * factor
         part = 1.0 if split_factor(name)[1] in personal else share
         if part > 0 and own is not None:
@@ -96,9 +106,12 @@ def _check_names(what: str, names: set[str], problem: str) -> None:
         )
 
 
-def first_ranks(name: str, tensor: Tensor, rank: int) -> Tensor:
-    """Return A (r, k) as (r_i, k), B (d, r) as (d, r_i): what a client of lower rank is given."""
-    return tensor[:rank] if split_factor(name)[1] == "A" else tensor[:, :rank]
+def ranks_of(name: str, tensor: Tensor, ranks: Sequence[int]) -> Tensor:
+    """Return these ranks of A (r, k) as (r_i, k), of B (d, r) as (d, r_i)."""
+    axis = 0 if split_factor(name)[1] == "A" else 1
+    if list(ranks) == list(range(len(ranks))):
+        return tensor.narrow(axis, 0, len(ranks))  # a view: most clients have the first ranks
+    return tensor.index_select(axis, torch.tensor(list(ranks)))
 
 
 def _fitting(what: str, name: str, tensor: Tensor, shape: torch.Size) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ from prufed_cli.errors import USAGE, PrufedError
 from prufed_cli.models.adapters import AdapterSpec, adapter_spec, client_masks
 from prufed_cli.models.layer_names import layer_number, to_global, to_local
 from prufed_plugins.api import ClientInfo, GlobalState
-from prufed_plugins.write_back import first_ranks, write_back
+from prufed_plugins.write_back import ranks_of, write_back
 from prufed_registry.errors import NotFound
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Client:
         from prufed_cli.models.base import base_masks, load_model
 
         present = {
-            name: first_ranks(name, tensor, self.spec.r)
+            name: ranks_of(name, tensor, range(self.spec.r))
             for name, tensor in tensors.items()
             if self.has(name)
         }
@@ -81,6 +81,7 @@ class Client:
         own: Mapping[str, Tensor] | None,
         share: float,
         personal: Collection[str] = (),
+        window: Sequence[int] | None = None,
     ) -> dict[str, Tensor]:
         """Return what the global adapter is for this client: global names, its own scale."""
         return write_back(
@@ -92,6 +93,7 @@ class Client:
             own=own,
             share=share,
             personal=personal,
+            window=window,
         )
 
     def local(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from (run seed, round, client, purpose), so a resumed run ends with the same byt
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from prufed_cli.errors import INTEGRITY, PrufedError
+from prufed_cli.errors import INTEGRITY, USAGE, PrufedError
 from prufed_cli.federation.artifacts import (
     publish_client,
     publish_global,
@@ -91,6 +91,8 @@ class Federation:
         optimizer: takes the step from one global adapter to the next; None takes the merged one.
         first: the global adapter before the first round.
         personal: the factors that the aggregator leaves to each client.
+        window: the ranks that a client has in a round, by (round, its rank, global rank); None
+            where all have the first.
     """
 
     run: Run
@@ -110,6 +112,7 @@ class Federation:
     optimizer: ServerOptimizer | None = None
     first: GlobalState = field(init=False)
     personal: frozenset[str] = frozenset()
+    window: Callable[[int, int, int], Sequence[int]] | None = None
 
     def __post_init__(self) -> None:
         self.first = self.state
@@ -124,6 +127,14 @@ class Federation:
             "aggregator", config.aggregator.name, config.aggregator.settings
         )
         self.personal = frozenset(getattr(aggregator, "personal", ()))
+        self.window = getattr(aggregator, "window", None)
+        if self.window is not None and config.write_back.share > 0:
+            raise PrufedError(
+                f"{config.aggregator.name} gives clients other ranks each round, of which "
+                f"write_back.share {config.write_back.share:g} has no own values to keep",
+                "set write_back.share to 0",
+                USAGE,
+            )
         infos = [client.info for client in self.clients.values()]
         sampled = [
             sampler.sample(index, infos, derive(config.seed, "sampler", index))
@@ -226,6 +237,9 @@ class Federation:
         round since the client last trained has mixed the global adapter in once more. Of a factor
         that the aggregator leaves to the clients, a client that has never trained has the first.
         """
+        if self.window is not None:
+            window = self.window(index, client.spec.r, self.state.rank)
+            return client.start(self.state, masks, None, 0.0, window=window)
         share = self.plan.config.write_back.share
         event = next(
             (

@@ -37,6 +37,7 @@ GIVEN_UP: list[tuple[str, dict[str, Any], str]] = [
     ("dare", {"drop": 0}, ""),
     ("lora-fair", {}, "c1 c4 c5 c12"),
     ("fjord", {}, ""),
+    ("fedrolex", {}, ""),
     ("fedsa", {}, ""),
     ("fedsa", {"global_b": "keep"}, "c1 c4 c7"),
     ("inclusivefl", {}, ""),

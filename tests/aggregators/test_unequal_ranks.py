@@ -278,6 +278,12 @@ def test_a_method_for_one_rank_names_the_client_of_another(method: str) -> None:
         merged(method, random_clients([2, 3], 0), state_of(2))
 
 
+@pytest.mark.parametrize("method", ["hetlora", "fjord", "fedrolex", "median", "ties", "fedsa"])
+def test_a_rank_above_the_global_one_names_the_client(method: str) -> None:
+    with pytest.raises(UpdateError, match="client c1: rank 3 is above the global rank 2"):
+        merged(method, random_clients([2, 3], 0), state_of(2))
+
+
 # --- fjord ---------------------------------------------------------------------------------------
 
 
@@ -291,3 +297,42 @@ def test_fjord_averages_each_rank_over_the_clients_wide_enough() -> None:
     assert result[B][0].tolist() == [2.0, 2.0, 5.0, 5.0, 9.0]
     even = merged("fjord", [narrow, wide], state, beta=0).tensors
     assert even[A][:, 0].tolist() == [3.0, 3.0, 5.0, 5.0, 9.0]
+
+
+# --- fedrolex ------------------------------------------------------------------------------------
+
+
+def test_fedrolex_merges_each_window_where_it_came_from() -> None:
+    """Three ranks; in round 2, the third, a client of rank two has ranks 2 and 0."""
+    narrow = client("a", torch.tensor([[1.0, 2.0]] * 3), torch.tensor([[1.0, 1.0], [2.0, 2.0]]))
+    wide = client("b", torch.full((3, 3), 5.0), torch.full((3, 2), 5.0))
+    state = GlobalState({A: torch.full((3, 2), 9.0), B: torch.full((3, 3), 9.0)}, 3, 1.0, 1)
+    # the wide one's ranks roll as well: its own 0, 1, 2 are the global 2, 0, 1
+    wide = replace(
+        wide, tensors={A: torch.tensor([[6.0] * 2, [7.0] * 2, [8.0] * 2]), B: wide.tensors[B]}
+    )
+    updates = [replace(update, base_round=2) for update in (narrow, wide)]
+    result = merged("fedrolex", updates, state).tensors
+    assert result[A][:, 0].tolist() == [(2 + 7) / 2, 8.0, (1 + 6) / 2]
+    assert result[B][0].tolist() == [(2 + 5) / 2, 5.0, (1 + 5) / 2]
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_after_all_rounds_every_rank_has_been_trained_as_often(rank: int) -> None:
+    rolling = build("aggregator", "fedrolex", {})
+    held = [index for turn in range(5) for index in rolling.window(turn, rank, 5)]
+    assert sorted(held) == sorted(list(range(5)) * rank)
+
+
+@few
+@given(st.integers(1, 4), st.integers(0, 9), st.integers(0, 99))
+def test_what_a_client_was_given_and_sends_back_goes_where_it_was(
+    rank: int, turn: int, seed: int
+) -> None:
+    (whole,) = random_clients([4], seed)
+    state = GlobalState(dict(whole.tensors), 4, 1.0, 1)
+    window = build("aggregator", "fedrolex", {}).window(turn, rank, 4)
+    own = write_back(state, masks=None, kept_layers=(0,), scaling=1.0, rank=rank, window=window)
+    update = replace(client("c", own[B], own[A]), base_round=turn)
+    result = merged("fedrolex", [update], state).tensors
+    assert all(torch.equal(result[name], state.tensors[name]) for name in state.tensors)

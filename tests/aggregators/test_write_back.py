@@ -117,5 +117,11 @@ def test_a_personal_factor_stays_with_the_client() -> None:
     given = write_back(STATE, **WHOLE, own=own, personal={"B"})
     for name, tensor in given.items():
         assert torch.equal(tensor, own[name] if "lora_B" in name else STATE.tensors[name])
-    with pytest.raises(MethodError, match="own tensor .* is missing"):
+    with pytest.raises(MethodError, match=r"own tensor .* is missing"):
         write_back(STATE, **WHOLE, own={}, personal={"B"})
+
+
+@pytest.mark.parametrize("window", [[0], [0, 2], [0, 0], [0, 1, 1]])
+def test_a_window_that_does_not_fit_is_refused(window: list[int]) -> None:
+    with pytest.raises(MethodError, match="of the 2 ranks"):
+        write_back(STATE, **WHOLE, window=window)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from prufed_cli.config.documents import validated
+from prufed_cli.errors import PrufedError
 from prufed_cli.federation.artifacts import read_tensors
 from prufed_cli.federation.federate import FederateResult, federate
 from prufed_plugins.builtin import prufed_aggregators
@@ -108,3 +109,24 @@ def test_with_fedsa_every_client_keeps_its_b_through_rounds_it_does_not_train_in
                 tuned = read_tensors(registry.list(f"fed.{name}")[0])
                 assert tuned[tensor].any()
                 assert torch.equal(given[tensor], tuned[tensor])
+
+
+def test_with_fedrolex_the_ranks_of_narrow_clients_roll(
+    tmp_path: Path, configuration: Document
+) -> None:
+    """Of four ranks, a client of one trains rank 0 in the first round and rank 1 in the second."""
+    document = {
+        **configuration,
+        "rounds": 2,
+        "aggregator": {"name": "fedrolex"},
+        "adapter": {**configuration["adapter"], "preset": "dense", "r": 4},
+        "clients": [{"name": "narrow", "adapter": {"r": 1}}],
+    }
+    run(tmp_path, document)
+    first, second = (read_tensors(a) for a in Registry(tmp_path / "registry").list("fed"))
+    for name in (name for name in first if "lora_B" in name):
+        assert first[name].any(dim=0).tolist() == [True, False, False, False]
+        assert second[name].any(dim=0).tolist() == [True, True, False, False]
+        assert torch.equal(first[name][:, 0], second[name][:, 0])
+    with pytest.raises(PrufedError, match="fedrolex gives clients other ranks each round"):
+        run(tmp_path / "again", {**document, "write_back": {"share": 0.5}})
