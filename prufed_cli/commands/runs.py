@@ -10,6 +10,8 @@ from prufed_cli.commands.options import Json, Quiet
 from prufed_cli.completion import complete_run
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from prufed_cli.federation.journal import Event
 
 app = typer.Typer(help="List runs, show one, or go on with one.")
@@ -66,6 +68,7 @@ def list_command(as_json: Json = False) -> None:
 def show_command(run_id: RunId, as_json: Json = False) -> None:
     """Show what happened in every round of a run."""
     from prufed_cli.federation.journal import load
+    from prufed_cli.federation.measured import essentials
     from prufed_cli.home import runs_directory
     from prufed_cli.output import emit_json, print_line, table
 
@@ -75,11 +78,14 @@ def show_command(run_id: RunId, as_json: Json = False) -> None:
         return
     print_line(f"run       {run.id}, {'finished' if run.finished else 'unfinished'}")
     print_line(f"base      {run.document['base']}")
+    merged = {event["round"]: event for event in run.select("merged")}
     table(
-        ["round", "client", "adapter", "loss", "tokens", "seconds"],
-        [row for event in run.events for row in _rows(event)],
-        numeric=(0, 4, 5),
+        ["round", "client", "adapter", "loss", "tokens", "seconds", "change", "cosine"],
+        [row for event in run.events for row in _rows(event, merged)],
+        numeric=(0, 4, 5, 6, 7),
     )
+    for event in merged.values():
+        print_line(f"round {event['round'] + 1} merged: {essentials(event)}")
     for event in run.select("evaluated"):
         print_line(f"round {event['round'] + 1} {event['subject']}: {_scores(event)}")
     if not run.finished:
@@ -95,22 +101,33 @@ def resume_command(run_id: RunId, quiet: Quiet = False) -> None:
     print_line(federate(resume=run_id, reporter=reporter(quiet=quiet)).artifact.ref)
 
 
-def _rows(event: Event) -> list[list[object]]:
+def _rows(event: Event, merged: Mapping[int, Event]) -> list[list[object]]:
+    from prufed_cli.federation.measured import of_client
+
     number = event.get("round", 0) + 1
     if event["event"] == "client":
         loss = f"{event['loss_first']:.3f} to {event['loss_last']:.3f}"
-        return [[number, event["client"], event["ref"], loss, event["tokens"], event["seconds"]]]
+        cells = [number, event["client"], event["ref"], loss, event["tokens"], event["seconds"]]
+        found = of_client(merged.get(event["round"], {}), event["client"])
+        change = f"{found['norm']:.3g}" if found else ""
+        if "clipped" in found:
+            change += f" (scaled by {found['clipped']:.2g})"
+        return [[*cells, change, f"{found['cosine']:.2f}" if found else ""]]
     if event["event"] == "client_failed":
-        return [[number, event["client"], f"failed: {event['reason']}", "", "", ""]]
+        return [[number, event["client"], f"failed: {event['reason']}", *_EMPTY]]
     if event["event"] == "merged":
         rows: list[list[object]] = [
-            [number, name, f"excluded: {reason}", "", "", ""]
+            [number, name, f"excluded: {reason}", *_EMPTY]
             for name, reason in event["excluded"].items()
         ]
-        return [*rows, [number, "(global)", event["ref"], "", "", event["seconds"]]]
+        return [*rows, [number, "(global)", event["ref"], "", "", event["seconds"], "", ""]]
     if event["event"] == "written_back":
-        return [["", event["client"], f"{event['ref']} (written back)", "", "", ""]]
+        return [["", event["client"], f"{event['ref']} (written back)", *_EMPTY]]
     return []
+
+
+_EMPTY = ("", "", "", "", "")
+"""The cells of a row that is not about training."""
 
 
 def _scores(event: Event) -> str:

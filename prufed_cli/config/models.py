@@ -270,6 +270,20 @@ class EvaluateConfig(Section):
     )
 
 
+class ScreenConfig(Section):
+    """What an update must be like to be merged, whatever the aggregator."""
+
+    clip: Literal["median"] | Annotated[Real, Field(gt=0)] | None = Field(
+        default=None,
+        description="scale a larger change down to this norm, or to the round's median norm",
+    )
+    outlier: Real = Field(
+        default=1000.0,
+        ge=0,
+        description="exclude a change so many times the others' median norm; 0 lets all pass",
+    )
+
+
 class WriteBackConfig(Section):
     """How the global adapter reaches the clients."""
 
@@ -335,6 +349,7 @@ class FederationConfig(Section):
     server_optimizer: Annotated[ServerOptimizerConfig | None, BeforeValidator(none_by_name)] = (
         Field(default=None, description="none: the merged adapter is the global one")
     )
+    screen: ScreenConfig = ScreenConfig()
     data: DataConfig | None = None
     evaluate: EvaluateConfig = EvaluateConfig()
     write_back: WriteBackConfig = WriteBackConfig()
@@ -387,7 +402,7 @@ def pruner_for(shared: PrunerConfig, own: PrunerOverride | None, *, layers: bool
 
 
 _SECTIONS: Final = frozenset(
-    {"sampler", "pruner", "adapter", "tuner", "aggregator", "evaluate", "write_back"}
+    {"sampler", "pruner", "adapter", "tuner", "aggregator", "screen", "evaluate", "write_back"}
 )
 
 Shared = TypeVar("Shared", PrunerConfig, TunerConfig, AdapterConfig)

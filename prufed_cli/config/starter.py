@@ -51,6 +51,11 @@ aggregator: {name: heteagg}
 # fedyogi, fedadam.
 # server_optimizer: {name: fedavgm, lr: 1.0, momentum: 0.9}
 
+# What an update must be like to be merged: a change that is too large is scaled down or excluded.
+screen:
+  # clip: median                # scale larger changes down to this norm, a number or the median
+  outlier: 1000                 # exclude one so many times the others' median norm
+
 # One file split over the clients that have no `data` of their own: iid, stratified-iid,
 # by-category, dirichlet, shards, quantity, natural. A row is {"instruction": ..., "context": ...,
 # "response": ..., "category": ...}; Alpaca's fields, chat `messages` and plain `text` work too.

@@ -296,6 +296,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "server_optimizer": (
             config.server_optimizer.model_dump(mode="json") if config.server_optimizer else None
         ),
+        "screen": config.screen.model_dump(mode="json"),
         "write_back": config.write_back.model_dump(mode="json"),
         "evaluate": config.evaluate.model_dump(mode="json"),
         "digest": plan.digest,

@@ -26,6 +26,7 @@ from prufed_cli.federation.artifacts import (
 )
 from prufed_cli.federation.clients import Client, make_client, make_spec
 from prufed_cli.federation.local import Job, LocalEngine, Outcome, make_tuner
+from prufed_cli.federation.measured import diagnostics, summaries
 from prufed_cli.federation.rehearsal import rehearse
 from prufed_cli.federation.resting import RestingOptimizer, rested, resting_factors
 from prufed_cli.federation.scoring import Scoring, numbers
@@ -43,6 +44,7 @@ from prufed_plugins.api import (
 )
 from prufed_plugins.discover import build
 from prufed_plugins.masks import magnitude_mask
+from prufed_plugins.screening import Screened, screen
 from prufed_registry import Parent, fingerprint
 
 if TYPE_CHECKING:
@@ -379,12 +381,14 @@ class Federation:
             for name in done
         ]
         with self.reporter.task(f"round {index + 1}: merge {len(updates)} adapters"):
-            merged = self._aggregate(index, updates, aggregator)
-        for name, reason in merged.excluded.items():
+            screened = self._screen(updates)
+            merged = self._aggregate(index, screened.updates, aggregator)
+        excluded = {**screened.excluded, **merged.excluded}
+        for name, reason in excluded.items():
             self.reporter.warn(f"client {name} is excluded from the merge: {reason}")
-        if len(done) - len(merged.excluded) < config.min_clients:
+        if len(done) - len(excluded) < config.min_clients:
             raise PrufedError(
-                f"round {index + 1} stands with {len(done) - len(merged.excluded)} usable updates, "
+                f"round {index + 1} stands with {len(done) - len(excluded)} usable updates, "
                 f"{config.min_clients} are needed",
                 f"see `prufed runs show {self.run.id}`",
             )
@@ -411,9 +415,10 @@ class Federation:
             round=index,
             ref=artifact.ref,
             digest=artifact.digest,
-            clients=sorted(set(done) - set(merged.excluded)),
-            excluded=dict(merged.excluded),
-            diagnostics={module: dict(d) for module, d in merged.diagnostics.items()},
+            clients=sorted(set(done) - set(excluded)),
+            excluded=excluded,
+            updates=summaries(screened),
+            diagnostics=diagnostics(merged, screened.measured),
             seconds=round(time.monotonic() - started, 3),
             **extra,
         )
@@ -423,6 +428,17 @@ class Federation:
             f"round {index + 1}: {artifact.ref} from {', '.join(sorted(done))} "
             f"({_losses(self.run.select('client', round=index))})"
         )
+
+    def _screen(self, updates: Sequence[Update]) -> Screened:
+        """Leave out and scale down what is not to be merged as it came."""
+        config = self.plan.config.screen
+        masks = {update.client: self._masks(self.clients[update.client]) for update in updates}
+        screened = screen(
+            updates, self.state, clip=config.clip, outlier=config.outlier, given_masks=masks
+        )
+        for name, factor in screened.clipped.items():
+            self.reporter.note(f"client {name}: its change is scaled by {factor:.3g}")
+        return screened
 
     def _aggregate(
         self, index: int, updates: Sequence[Update], aggregator: Aggregator

@@ -102,7 +102,7 @@ def test_a_quadratic_ends_between_its_optimum_and_the_global_value(
         add_pull({"x": x}, start, mu)
         with torch.no_grad():
             x -= 0.1 * x.grad
-    assert float(x) == pytest.approx((h * c + mu * g) / (h + mu), rel=1e-9)
+    assert x.item() == pytest.approx((h * c + mu * g) / (h + mu), rel=1e-9)
 
 
 def test_without_mu_it_is_lora_to_the_bit(adapted: AttachedAdapter, data: TrainingData) -> None:

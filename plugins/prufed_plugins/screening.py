@@ -1,0 +1,162 @@
+"""What stands between the clients and every aggregator: agreement of masks, outliers, clipping.
+
+Names, shapes and finiteness are the merge's own to check (:mod:`.aggregators.validation`); here an
+update is compared with what the client was given, and with the other updates of the round.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from prufed_plugins.aggregators.validation import in_order, read_mask
+from prufed_plugins.api import GlobalState, Update
+from prufed_plugins.diagnostics import Measurement, measure
+from prufed_plugins.errors import UpdateError
+from prufed_plugins.masks import split_factor
+
+_FEWEST = 3
+"""Clients a round needs for one to be an outlier: it is held against two others at least."""
+
+Masks = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Screened:
+    """What may be merged, and what became of the rest.
+
+    Attributes:
+        updates: by client name, the clipped ones changed.
+        excluded: why, by the name of each client that was left out.
+        clipped: the factor on its change, by the name of each client that was clipped.
+        measured: of ``updates``, as they are merged.
+    """
+
+    updates: list[Update]
+    excluded: dict[str, str]
+    clipped: dict[str, float]
+    measured: Measurement
+
+
+def screen(
+    updates: Sequence[Update],
+    state: GlobalState,
+    *,
+    clip: float | Literal["median"] | None = None,
+    outlier: float = 1000.0,
+    given_masks: Mapping[str, Masks] | None = None,
+) -> Screened:
+    """Look at a round's updates before they are merged.
+
+    Args:
+        updates: at most one per client.
+        state: the global adapter before the round.
+        clip: C: a change of norm above C is scaled down to C, Δ_i ← Δ_i · min(1, C / ‖Δ_i‖), over
+            the whole adapter in the common scale; ``median`` is the median norm of the round.
+        outlier: a change more than this many times the median of the others' is excluded, where
+            there are two others or more; 0 lets all pass.
+        given_masks: by client, the masks it was given; an update with others is excluded.
+
+    Raises:
+        UpdateError: two updates have one name.
+    """
+    ordered = in_order(updates)
+    excluded = _strange_masks(ordered, given_masks or {})
+    ordered = [update for update in ordered if update.client not in excluded]
+    measured = measure(ordered, state)
+    strange = _outliers(measured.norms, outlier)
+    ordered = [update for update in ordered if update.client not in strange]
+    norms = {client: norm for client, norm in measured.norms.items() if client not in strange}
+    clipped = _factors(norms, clip)
+    ordered = [
+        replace(update, tensors=_Clipped(update, state, clipped[update.client]))
+        if update.client in clipped
+        else update
+        for update in ordered
+    ]
+    if strange or clipped:
+        measured = measure(ordered, state)
+    return Screened(ordered, excluded | strange, clipped, measured)
+
+
+def _strange_masks(updates: Sequence[Update], given: Mapping[str, Masks]) -> dict[str, str]:
+    """Return the clients that sent other masks than they were given, and where."""
+    found = {}
+    for update in updates:
+        if update.client in given:
+            name = _first_difference(update, given[update.client])
+            if name is not None:
+                found[update.client] = f"its mask of {name} is not the one it was given"
+    return found
+
+
+def _first_difference(update: Update, given: Masks) -> str | None:
+    masked: set[str] = {*given, *(update.masks or {})}
+    for name in sorted(masked & set(update.tensors)):
+        try:
+            sent = read_mask(update, name)
+        except UpdateError:
+            return name
+        # a mask of ones is no mask
+        one, other = (m is None or bool(m.all()) for m in (sent, given.get(name)))
+        if one and other:
+            continue
+        if one != other or not torch.equal(sent, given[name].cpu()):  # type: ignore[arg-type]
+            return name
+    return None
+
+
+def _outliers(norms: Mapping[str, float], limit: float) -> dict[str, str]:
+    if not limit or len(norms) < _FEWEST:
+        return {}
+    found = {}
+    for client, norm in norms.items():
+        usual = statistics.median(other for name, other in norms.items() if name != client)
+        if usual and norm > limit * usual:
+            found[client] = (
+                f"its update has norm {norm:.3g}, {norm / usual:.3g} times the median of the others"
+            )
+    return found
+
+
+def _factors(
+    norms: Mapping[str, float], clip: float | Literal["median"] | None
+) -> dict[str, float]:
+    if clip is None or not norms:
+        return {}
+    limit = statistics.median(norms.values()) if clip == "median" else clip
+    return {client: limit / norm for client, norm in norms.items() if norm > limit}
+
+
+class _Clipped(Mapping[str, Tensor]):
+    """A client's tensors with their change from the global adapter scaled down, read on access."""
+
+    def __init__(self, update: Update, state: GlobalState, factor: float) -> None:
+        self._update, self._state, self._factor = update, state, factor
+        self._scale = math.sqrt(state.scaling / update.scaling)  # from the common to its own
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._update.tensors[name].double()
+        before = torch.zeros_like(tensor)  # a rank that the global adapter lacks starts from zero
+        known = self._state.tensors[name].double() * self._scale
+        rank = min(self._update.rank, self._state.rank)
+        first = slice(rank) if split_factor(name)[1] == "A" else (slice(None), slice(rank))
+        before[first] = known[first]
+        changed = before + self._factor * (tensor - before)
+        mask = read_mask(self._update, name)
+        return (changed if mask is None else torch.where(mask, changed, 0.0)).float()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._update.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._update.tensors)
+
+    def __len__(self) -> int:
+        return len(self._update.tensors)

@@ -1,0 +1,254 @@
+"""What is kept from the aggregator, what is made smaller, and what is told about the rest."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from prufed_plugins.aggregators.streaming import aggregate
+from prufed_plugins.api import GlobalState, Update
+from prufed_plugins.diagnostics import LARGEST_CROSS_TERM, measure
+from prufed_plugins.discover import build
+from prufed_plugins.screening import screen
+
+MODULES = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)]
+RANK, D, K = 3, 7, 5
+SHAPES = {
+    f"{module}.lora_{factor}.weight": (RANK, K) if factor == "A" else (D, RANK)
+    for module in MODULES
+    for factor in "AB"
+}
+
+
+def draw(seed: int, size: float = 1.0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: size * torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+STATE = GlobalState(draw(0), RANK, 2.0, 2)
+
+
+def client(name: str, change: dict[str, Tensor], masks: dict[str, Tensor] | None = None) -> Update:
+    """Return an update that is the global adapter and a change."""
+    tensors = {n: STATE.tensors[n] + delta for n, delta in change.items()}
+    if masks is not None:
+        tensors = {n: torch.where(masks[n], t, 0.0) for n, t in tensors.items()}
+    return Update(name, tensors, masks, 10, RANK, STATE.scaling, kept_layers=(0, 1))
+
+
+def norm(change: dict[str, Tensor], masks: dict[str, Tensor] | None = None) -> float:
+    kept = [d if masks is None else d[masks[n]] for n, d in change.items()]
+    return math.sqrt(sum(float(delta.double().square().sum()) for delta in kept))
+
+
+def half(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.rand(shape, generator=generator) < 0.5 for name, shape in SHAPES.items()}
+
+
+# --- outliers ------------------------------------------------------------------------------------
+
+
+def test_an_update_a_thousand_times_the_usual_is_excluded_and_said_why() -> None:
+    updates = [client(name, draw(seed)) for seed, name in enumerate("abc", start=1)]
+    found = screen([*updates, client("mad", draw(4, 3000.0))], STATE)
+    assert [update.client for update in found.updates] == ["a", "b", "c"]
+    assert found.excluded.keys() == {"mad"}
+    assert "times the median of the others" in found.excluded["mad"]
+    assert found.measured.norms.keys() == {"a", "b", "c"}, "it spoils no diagnostics either"
+    assert screen([*updates, client("mad", draw(4, 3000.0))], STATE, outlier=0).excluded == {}
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_without_two_others_nobody_is_an_outlier(others: int) -> None:
+    updates = [client("mad", draw(1, 1e6)), *[client("a", draw(2))][:others]]
+    assert screen(updates, STATE).excluded == {}
+
+
+def test_clients_that_did_not_move_make_nobody_an_outlier() -> None:
+    still = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    updates = [client("a", still), client("b", still), client("c", draw(1))]
+    assert screen(updates, STATE).excluded == {}
+
+
+def test_an_invalid_update_is_left_to_the_merge() -> None:
+    broken = client("broken", draw(1))
+    tensors = dict(broken.tensors)
+    tensors[next(iter(tensors))] = torch.full((RANK, K), math.nan)
+    updates = [client("a", draw(2)), client("b", draw(3)), replace(broken, tensors=tensors)]
+    found = screen(updates, STATE, clip=0.1)
+    assert found.excluded == {}
+    assert found.measured.norms.keys() == {"a", "b"}
+    merged = aggregate(build("aggregator", "fedavg"), found.updates, STATE, on_invalid="exclude")
+    assert merged.excluded.keys() == {"broken"}
+    assert "NaN" in merged.excluded["broken"]
+
+
+# --- clipping ------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    limit=st.floats(0.01, 20),
+    size=st.floats(0.01, 10),
+    masked=st.booleans(),
+    scaling=st.sampled_from([0.5, 2.0, 8.0]),
+    seed=st.integers(1, 1000),
+)
+def test_a_clipped_change_has_the_norm_and_the_direction(
+    limit: float, size: float, masked: bool, scaling: float, seed: int
+) -> None:
+    change = draw(seed, size)
+    masks = half(seed) if masked else None
+    update = client("a", change, masks)
+    factor = math.sqrt(STATE.scaling / scaling)  # what it sends is in its own scale
+    own = replace(
+        update, tensors={n: t * factor for n, t in update.tensors.items()}, scaling=scaling
+    )
+    found = screen([own], STATE, clip=limit)
+    before = norm(change, masks)
+    expected = min(1.0, limit / before)
+    assert found.clipped.get("a", 1.0) == pytest.approx(expected, rel=1e-4)
+    assert found.measured.norms["a"] == pytest.approx(min(before, limit), rel=1e-4)
+    for name, tensor in found.updates[0].tensors.items():
+        wanted = (STATE.tensors[name] + expected * change[name]) * factor
+        if masks is not None:
+            wanted = torch.where(masks[name], wanted, 0.0)
+        torch.testing.assert_close(tensor, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_median_clips_the_larger_half_to_it() -> None:
+    sizes = {"a": 1.0, "b": 2.0, "c": 8.0}
+    updates = [client(name, draw(1, size)) for name, size in sizes.items()]
+    found = screen(updates, STATE, clip="median")
+    assert found.clipped == {"c": pytest.approx(0.25, rel=1e-5)}
+    assert found.measured.norms["c"] == pytest.approx(found.measured.norms["b"], rel=1e-5)
+
+
+def test_a_clipped_client_of_lower_rank_and_fewer_layers() -> None:
+    change = {
+        name: torch.ones(2, K) if "lora_A" in name else torch.ones(D, 2)
+        for name in SHAPES
+        if ".1." in name
+    }
+    tensors = {
+        n: STATE.tensors[n][(slice(2) if "lora_A" in n else (slice(None), slice(2)))] + delta
+        for n, delta in change.items()
+    }
+    update = Update("a", tensors, None, 10, 2, STATE.scaling, kept_layers=(1,))
+    found = screen([update], STATE, clip=1.0)
+    assert found.clipped["a"] == pytest.approx(1 / math.sqrt(2 * (K + D)), rel=1e-5)
+    assert found.measured.modules.keys() == {MODULES[1]}
+    assert found.measured.norms["a"] == pytest.approx(1.0, rel=1e-5)
+
+
+def test_without_clipping_the_tensors_are_the_ones_that_came() -> None:
+    update = client("a", draw(1))
+    assert screen([update], STATE, clip=1e9).updates == [update]
+
+
+# --- masks ---------------------------------------------------------------------------------------
+
+
+def test_masks_other_than_those_given_cost_the_client_its_round() -> None:
+    masks = half(1)
+    name = sorted(masks)[0]
+    whole = {n: torch.ones_like(m) for n, m in masks.items()}
+    updates = [client(n, draw(i), masks) for i, n in enumerate("abc")]
+    given = {"a": masks, "b": half(2), "c": {n: m for n, m in masks.items() if n != name}}
+    found = screen(updates, STATE, given_masks=given)
+    assert [update.client for update in found.updates] == ["a"]
+    assert found.excluded.keys() == {"b", "c"}
+    assert found.excluded["c"] == f"its mask of {name} is not the one it was given"
+    unmasked = client("a", draw(1))
+    assert screen([unmasked], STATE, given_masks={"a": whole}).excluded == {}
+    assert screen([unmasked], STATE, given_masks={"a": masks}).excluded.keys() == {"a"}
+
+
+# --- diagnostics ---------------------------------------------------------------------------------
+
+
+def test_identical_clients_agree_wholly() -> None:
+    change = draw(1)
+    found = measure([client(name, change) for name in "abc"], STATE)
+    for module in MODULES:
+        said = found.modules[module]
+        assert said["norm_min"] == said["norm_max"] == pytest.approx(said["norm_mean"])
+        assert said["cosine_min"] == pytest.approx(1.0)
+        assert said["cross_term"] == pytest.approx(0.0, abs=1e-7)
+        assert said["coverage_histogram"] == [0, 0, 0, RANK * (K + D)]
+    assert found.cosines == {name: pytest.approx(1.0) for name in "abc"}
+    assert found.norms["a"] == pytest.approx(norm(change), rel=1e-6)
+
+
+def test_opposite_clients_have_no_direction_in_common() -> None:
+    change = draw(1)
+    away = {name: -delta for name, delta in change.items()}
+    found = measure([client("a", change), client("b", change), client("c", away)], STATE)
+    assert found.cosines["a"] == pytest.approx(1.0)
+    assert found.cosines["c"] == pytest.approx(-1.0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(count=st.integers(1, 5), masked=st.booleans(), seed=st.integers(0, 1000))
+def test_the_cross_term_is_what_averaging_factors_loses(
+    count: int, masked: bool, seed: int
+) -> None:
+    updates = [
+        client(f"c{i}", draw(seed + i), half(seed + i) if masked else None) for i in range(count)
+    ]
+    found = measure(updates, STATE)
+    for module in MODULES:
+        a, b = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+        A = torch.stack([update.tensors[a].double() for update in updates])
+        B = torch.stack([update.tensors[b].double() for update in updates])
+        of_means = B.mean(0) @ A.mean(0)
+        lost = torch.bmm(B, A).mean(0) - of_means
+        expected = float(lost.norm() / of_means.norm())
+        assert found.modules[module]["cross_term"] == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+def test_coverage_is_counted_entry_by_entry() -> None:
+    masks = [half(1), half(2)]
+    updates = [client("a", draw(1), masks[0]), client("b", draw(2), masks[1])]
+    updates.append(client("c", draw(3)))
+    found = measure(updates, STATE)
+    for module in MODULES:
+        counts = [0, 0, 0, 0]
+        for factor in "AB":
+            name = f"{module}.lora_{factor}.weight"
+            held = masks[0][name].long() + masks[1][name].long() + 1
+            for number in held.flatten().tolist():
+                counts[number] += 1
+        assert found.modules[module]["coverage_histogram"] == counts
+
+
+def test_ranks_are_mixed_as_zeros() -> None:
+    small = {n: t[:1] if "lora_A" in n else t[:, :1] for n, t in STATE.tensors.items()}
+    updates = [
+        Update("a", small, None, 1, 1, STATE.scaling, kept_layers=(0, 1)),
+        client("b", {name: torch.zeros(shape) for name, shape in SHAPES.items()}),
+    ]
+    found = measure(updates, STATE)
+    assert found.norms == {"a": 0.0, "b": 0.0}
+    histogram = found.modules[MODULES[0]]["coverage_histogram"]
+    assert histogram == [0, (RANK - 1) * (K + D), K + D]
+
+
+def test_the_cross_term_of_very_many_ranks_is_left_out() -> None:
+    change = draw(1)
+    count = LARGEST_CROSS_TERM // RANK + 1
+    found = measure([client(f"c{i:04}", change) for i in range(count)], STATE)
+    assert "cross_term" not in found.modules[MODULES[0]]
+    assert found.modules[MODULES[0]]["coverage_histogram"][count] == RANK * (K + D)
+
+
+def test_the_order_of_updates_changes_nothing() -> None:
+    updates = [client(name, draw(seed)) for seed, name in enumerate("abcd")]
+    assert measure(updates, STATE) == measure(updates[::-1], STATE)
