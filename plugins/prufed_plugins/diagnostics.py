@@ -33,7 +33,8 @@ class Measurement:
             have. ``norm_min``, ``norm_mean``, ``norm_max``: of ‖Δ_i‖ over both factors.
             ``cosine_min``, ``cosine_mean``: of the angle between Δ_i and the plain mean of all.
             ``cross_term``: ‖Σ p (B_i − B̄)(A_i − Ā)‖ / ‖B̄ Ā‖ with p = 1/n, what averaging the
-            factors loses of the mean product; absent where there are too many ranks.
+            factors loses of the mean product where nothing is masked; means and deviations are
+            over the entries that clients have. Absent where there are too many ranks.
         norms: ‖Δ_i‖ of the whole adapter, by client.
         cosines: with the mean, over the modules that the client has.
     """
@@ -129,10 +130,7 @@ def _histogram(parts: Sequence[Part], current: Mapping[str, Tensor]) -> list[int
         rank = old.shape[0 if rows else 1]
         counts = torch.zeros(old.shape, dtype=torch.int64)
         for part in parts:
-            mask = part.masks[key]
-            if mask is None:
-                mask = torch.ones(part.tensors[key].shape, dtype=torch.bool)
-            counts += _padded(_first(mask, rank, rows).long(), rank, rows)
+            counts += _padded(_first(_mask(part, key), rank, rows).long(), rank, rows)
         total += torch.bincount(counts.flatten(), minlength=len(parts) + 1)
     return [int(count) for count in total]
 
@@ -156,22 +154,29 @@ def _cross_term(parts: Sequence[Part], rank: int) -> dict[str, float]:
     """
     if len(parts) * rank > LARGEST_CROSS_TERM:
         return {}
-    factors = {
-        key: [_padded(_present(part, key), rank, key == "lora_A.weight") for part in parts]
-        for key in ("lora_A.weight", "lora_B.weight")
-    }
-    A, B = torch.stack(factors["lora_A.weight"]), torch.stack(factors["lora_B.weight"])
-    A_mean, B_mean = A.mean(dim=0), B.mean(dim=0)
-    V = (A - A_mean).flatten(0, 1)  # (n r, k)
-    U = ((B - B_mean) / len(parts)).transpose(0, 1).flatten(1)  # (d, n r)
+    A, A_mean = _deviations(parts, "lora_A.weight", rank)
+    B, B_mean = _deviations(parts, "lora_B.weight", rank)
+    V = A.flatten(0, 1)  # (n r, k)
+    U = (B / len(parts)).transpose(0, 1).flatten(1)  # (d, n r)
     size = _product_norm(B_mean, A_mean)
     return {"cross_term": _product_norm(U, V) / size} if size else {}
 
 
-def _present(part: Part, key: str) -> Tensor:
-    """Return a factor in float64, zero where the client lacks it."""
-    tensor, mask = part.tensors[key].double(), part.masks[key]
-    return tensor if mask is None else torch.where(mask, tensor, 0.0)
+def _deviations(parts: Sequence[Part], key: str, rank: int) -> tuple[Tensor, Tensor]:
+    """Return θ_i − θ̄ (n, ...) and θ̄, the mean over the clients that have each entry, in float64.
+
+    Where a client lacks an entry it deviates by nothing: parts of one adapter agree.
+    """
+    rows = key == "lora_A.weight"
+    values = torch.stack([_padded(part.tensors[key].double(), rank, rows) for part in parts])
+    present = torch.stack([_padded(_mask(part, key), rank, rows) for part in parts])
+    mean = torch.where(present, values, 0.0).sum(dim=0) / present.sum(dim=0).clamp(min=1)
+    return torch.where(present, values - mean, 0.0), mean
+
+
+def _mask(part: Part, key: str) -> Tensor:
+    mask = part.masks[key]
+    return torch.ones(part.tensors[key].shape, dtype=torch.bool) if mask is None else mask
 
 
 def _product_norm(left: Tensor, right: Tensor) -> float:
