@@ -19,7 +19,9 @@ from prufed_plugins.api import GlobalState, Part, Update
 from prufed_plugins.errors import UpdateError
 from prufed_plugins.names import by_module, in_layers
 
-LARGEST_CROSS_TERM: Final = 1024
+_KEYS: Final = ("lora_A.weight", "lora_B.weight")
+
+LARGEST_CROSS_TERM: Final = 512
 """Ranks of all clients together above which the cross term is not computed: its cost is their
 square."""
 
@@ -71,24 +73,22 @@ def _measure(updates: Sequence[Update], state: GlobalState) -> Measurement:
         if not holders:
             continue
         parts = [load_part(update, names, state) for update in holders]
-        current = {key: state.tensors[name].float() for key, name in names.items()}
-        rank = max(state.rank, *(part.rank for part in parts))
-        deltas = [_delta(part, current, rank) for part in parts]
-        mean = torch.stack(deltas).mean(dim=0, dtype=torch.float64)
-        size = float(mean.square().sum())
-        norms, cosines = [], []
-        for part, delta in zip(parts, deltas, strict=True):
-            square, dot = float(delta.double().square().sum()), float(delta.double() @ mean)
-            squares[part.client] += square
+        table = _table(parts, {key: state.tensors[name] for key, name in names.items()})
+        mean = table.changes.mean(dim=0)
+        size = float(mean @ mean)
+        norms = torch.linalg.vector_norm(table.changes, dim=1).tolist()
+        products = (table.changes @ mean).tolist()
+        cosines = []
+        for part, norm, dot in zip(parts, norms, products, strict=True):
+            squares[part.client] += norm**2
             dots[part.client] += dot
             means[part.client] += size
-            norms.append(math.sqrt(square))
-            cosines.append(_cosine(dot, square, size))
+            cosines.append(_cosine(dot, norm**2, size))
         found.modules[module] = {
-            "coverage_histogram": _histogram(parts, current),
+            "coverage_histogram": _histogram(table),
             **_summary("norm", norms),
             **_summary("cosine", cosines),
-            **_cross_term(parts, rank),
+            **_cross_term(table),
         }
     for client, square in squares.items():
         found.norms[client] = math.sqrt(square)
@@ -96,18 +96,49 @@ def _measure(updates: Sequence[Update], state: GlobalState) -> Measurement:
     return found
 
 
-def _delta(part: Part, current: Mapping[str, Tensor], rank: int) -> Tensor:
-    """Return Δ_i of both factors as one vector, float32; ranks the client lacks are no change."""
-    pieces = []
-    for key, old in current.items():
-        rows = key == "lora_A.weight"
-        tensor, mask = part.tensors[key], part.masks[key]
-        before = _first(_padded(old, rank, rows), part.rank, rows)
-        change = tensor.float() - before
-        if mask is not None:
-            change = torch.where(mask, change, 0.0)
-        pieces.append(_padded(change, rank, rows).flatten())
-    return torch.cat(pieces)
+@dataclass(frozen=True)
+class _Table:
+    """One module of all clients: A, then B, as one row of entries each.
+
+    Attributes:
+        before: g (entries,), float64; ranks that only clients have are zero.
+        changes: Δ_i (n, entries), float64.
+        present: which entries each client has, bool; None where all have all.
+        split: the number of entries of A, which come first.
+        rank: the largest rank.
+    """
+
+    before: Tensor
+    changes: Tensor
+    present: Tensor | None
+    split: int
+    rank: int
+
+
+def _table(parts: Sequence[Part], current: Mapping[str, Tensor]) -> _Table:
+    old = [current[key] for key in _KEYS]
+    rank = max(old[0].shape[0], *(part.rank for part in parts))
+    before = [_padded(tensor.double(), rank, index == 0) for index, tensor in enumerate(old)]
+    split = before[0].numel()
+    entries = split + before[1].numel()
+    changes = torch.zeros(len(parts), entries, dtype=torch.float64)
+    whole = all(
+        part.rank == rank and all(part.masks[key] is None for key in _KEYS) for part in parts
+    )
+    present = None if whole else torch.zeros(len(parts), entries, dtype=torch.bool)
+    for row, part in enumerate(parts):
+        for index, key in enumerate(_KEYS):
+            place = slice(0, split) if index == 0 else slice(split, entries)
+            shape, first = before[index].shape, index == 0
+            change = _first(changes[row, place].view(shape), part.rank, first)
+            change.copy_(part.tensors[key]).sub_(_first(before[index], part.rank, first))
+            mask = part.masks[key]
+            if mask is not None:
+                change.masked_fill_(~mask, 0)
+            if present is not None:
+                has = _first(present[row, place].view(shape), part.rank, first)
+                has.fill_(True) if mask is None else has.copy_(mask)
+    return _Table(torch.cat([tensor.flatten() for tensor in before]), changes, present, split, rank)
 
 
 def _first(tensor: Tensor, rank: int, rows: bool) -> Tensor:
@@ -115,24 +146,18 @@ def _first(tensor: Tensor, rank: int, rows: bool) -> Tensor:
 
 
 def _padded(tensor: Tensor, rank: int, rows: bool) -> Tensor:
-    """Return A (r_i, k) as (rank, k), or B (d, r_i) as (d, rank), with zeros."""
+    """Return A (r, k) as (rank, k), or B (d, r) as (d, rank), with zeros."""
     missing = rank - tensor.shape[0 if rows else 1]
-    if not missing:
-        return tensor
     return torch.nn.functional.pad(tensor, (0, 0, 0, missing) if rows else (0, missing))
 
 
-def _histogram(parts: Sequence[Part], current: Mapping[str, Tensor]) -> list[int]:
-    """Return how many entries of the global factors 0, 1, ..., n clients have."""
-    total = torch.zeros(len(parts) + 1, dtype=torch.int64)
-    for key, old in current.items():
-        rows = key == "lora_A.weight"
-        rank = old.shape[0 if rows else 1]
-        counts = torch.zeros(old.shape, dtype=torch.int64)
-        for part in parts:
-            counts += _padded(_first(_mask(part, key), rank, rows).long(), rank, rows)
-        total += torch.bincount(counts.flatten(), minlength=len(parts) + 1)
-    return [int(count) for count in total]
+def _histogram(table: _Table) -> list[int]:
+    """Return how many entries 0, 1, ..., n clients have."""
+    clients, entries = table.changes.shape
+    if table.present is None:
+        return [*[0] * clients, entries]
+    counts = table.present.sum(dim=0)
+    return [int(count) for count in torch.bincount(counts, minlength=clients + 1)]
 
 
 def _summary(what: str, values: Sequence[float]) -> dict[str, float]:
@@ -146,40 +171,34 @@ def _cosine(dot: float, one: float, other: float) -> float:
     return max(-1.0, min(1.0, dot / size)) if size else 0.0
 
 
-def _cross_term(parts: Sequence[Part], rank: int) -> dict[str, float]:
+def _cross_term(table: _Table) -> dict[str, float]:
     """Return ‖Σ p (B_i − B̄)(A_i − Ā)‖ relative to ‖B̄ Ā‖, without forming a d × k matrix.
 
-    With U = [p (B_1 − B̄), ...] (d, n r) and V = [A_1 − Ā; ...] (n r, k), ‖U V‖² is the sum of the
+    Where a client lacks an entry it deviates by nothing: parts of one adapter agree. With
+    U = [p (B_1 − B̄), ...] (d, n r) and V = [A_1 − Ā; ...] (n r, k), ‖U V‖² is the sum of the
     products of the entries of UᵀU and V Vᵀ.
     """
-    if len(parts) * rank > LARGEST_CROSS_TERM:
+    clients, rank = len(table.changes), table.rank
+    if clients * rank > LARGEST_CROSS_TERM:
         return {}
-    A, A_mean = _deviations(parts, "lora_A.weight", rank)
-    B, B_mean = _deviations(parts, "lora_B.weight", rank)
-    V = A.flatten(0, 1)  # (n r, k)
-    U = (B / len(parts)).transpose(0, 1).flatten(1)  # (d, n r)
-    size = _product_norm(B_mean, A_mean)
-    return {"cross_term": _product_norm(U, V) / size} if size else {}
-
-
-def _deviations(parts: Sequence[Part], key: str, rank: int) -> tuple[Tensor, Tensor]:
-    """Return θ_i − θ̄ (n, ...) and θ̄, the mean over the clients that have each entry, in float64.
-
-    Where a client lacks an entry it deviates by nothing: parts of one adapter agree.
-    """
-    rows = key == "lora_A.weight"
-    values = torch.stack([_padded(part.tensors[key].double(), rank, rows) for part in parts])
-    present = torch.stack([_padded(_mask(part, key), rank, rows) for part in parts])
-    mean = torch.where(present, values, 0.0).sum(dim=0) / present.sum(dim=0).clamp(min=1)
-    return torch.where(present, values - mean, 0.0), mean
-
-
-def _mask(part: Part, key: str) -> Tensor:
-    mask = part.masks[key]
-    return torch.ones(part.tensors[key].shape, dtype=torch.bool) if mask is None else mask
+    if table.present is None:
+        change = table.changes.mean(dim=0)
+        mean, deviations = table.before + change, table.changes - change
+    else:
+        count = table.present.sum(dim=0)
+        change = table.changes.sum(dim=0) / count.clamp(min=1)
+        mean = torch.where(count > 0, table.before + change, 0.0)
+        deviations = torch.where(table.present, table.changes - change, 0.0)
+    V = deviations[:, : table.split].reshape(clients * rank, -1)  # (n r, k)
+    B = deviations[:, table.split :].view(clients, -1, rank)  # (n, d, r)
+    U = (B / clients).transpose(0, 1).flatten(1)  # (d, n r)
+    A_mean, B_mean = mean[: table.split].view(rank, -1), mean[table.split :].view(-1, rank)
+    size, lost = _product_norm(B_mean, A_mean), _product_norm(U, V)
+    return {"cross_term": lost / size} if size and math.isfinite(lost / size) else {}
 
 
 def _product_norm(left: Tensor, right: Tensor) -> float:
-    """Return ‖left · right‖ in the Frobenius norm."""
-    square = float(((left.T @ left) * (right @ right.T)).sum())
+    """Return ‖left · right‖ in the Frobenius norm, to float32's precision and at its speed."""
+    left, right = left.float(), right.float()
+    square = float(((left.T @ left) * (right @ right.T)).sum(dtype=torch.float64))
     return math.sqrt(max(0.0, square))

@@ -207,7 +207,7 @@ def test_the_cross_term_is_what_averaging_factors_loses(count: int, seed: int) -
         of_means = B.mean(0) @ A.mean(0)
         lost = torch.bmm(B, A).mean(0) - of_means
         expected = float(lost.norm() / of_means.norm())
-        assert found.modules[module]["cross_term"] == pytest.approx(expected, rel=1e-6, abs=1e-9)
+        assert found.modules[module]["cross_term"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("resting", ["A", "B"])
