@@ -56,7 +56,7 @@ def choose(
         threshold: how ⌊s·k⌋ is counted.
     """
     moments = norms.second_moments()
-    scores = weight.abs() * moments.sqrt()
+    scores = weight.abs().mul_(moments.sqrt())
     columns = weight.shape[1]
     if target.pattern is not None:
         pruned = smallest_of_groups(scores, target.pattern)
@@ -64,12 +64,13 @@ def choose(
         pruned = smallest(scores, int(columns * (target.sparsity or 0.0)))
     else:
         pruned = smallest(scores, pruned_count(target.sparsity or 0.0, columns))
-    energies = scores.square()
+    energies = scores.square_()
     total = float(energies.sum())
+    lost = float(energies.mul_(pruned).sum())
     return Choice(
         pruned,
         report={
             "dead_channels": float((moments == 0).sum()),
-            "uncorrelated_error": float((energies * pruned).sum()) / total if total else 0.0,
+            "uncorrelated_error": lost / total if total else 0.0,
         },
     )
