@@ -393,6 +393,8 @@ class Aggregator(Protocol):
     - ``window(round_index, rank, global_rank) -> Sequence[int]``: the global ranks that a client of
       lower rank has in a round, in its order; without it, the first.
     - ``personal = {"B"}``: factors that every client keeps for itself; write-back gives the others.
+    - ``new_factors = True``: A and B come back in another basis; no server optimizer can step
+      towards them, and no tuner may leave one of them alone.
     - ``breaks``: contracts that it gives up, and why; :mod:`prufed_plugins.testing.aggregator`.
     """
 

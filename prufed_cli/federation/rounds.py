@@ -137,6 +137,7 @@ class Federation:
                 "set write_back.share to 0",
                 USAGE,
             )
+        self._refuse_other_bases(aggregator)
         infos = [client.info for client in self.clients.values()]
         sampled = [
             sampler.sample(index, infos, derive(config.seed, "sampler", index))
@@ -160,6 +161,29 @@ class Federation:
         if not self.run.finished:
             self.run.record("finished", ref=self.newest.ref, digest=self.newest.digest)
         return self.newest
+
+    def _refuse_other_bases(self, aggregator: Aggregator) -> None:
+        """Refuse what cannot be done to factors that come back in another basis."""
+        if not getattr(aggregator, "new_factors", False):
+            return
+        name = self.plan.config.aggregator.name
+        if self.plan.config.server_optimizer is not None:
+            raise PrufedError(
+                f"{name} makes new factors in every round, and server_optimizer "
+                f"{self.plan.config.server_optimizer.name} cannot step from the old to them",
+                "leave out server_optimizer, or choose another aggregator",
+                USAGE,
+            )
+        for client in self.clients.values():
+            resting = resting_factors([make_tuner(client)], 0)
+            if resting:
+                raise PrufedError(
+                    f"{name} makes new factors in every round, and tuner "
+                    f"{client.plan.tuner.name} of client {client.name} leaves "
+                    f"{', '.join(sorted(resting))} as it was",
+                    "choose the tuner lora, or an aggregator of factors such as fedit",
+                    USAGE,
+                )
 
     def _restore_optimizer(self) -> None:
         """Take back the optimizer's state after the last merged round."""

@@ -130,3 +130,17 @@ def test_with_fedrolex_the_ranks_of_narrow_clients_roll(
         assert torch.equal(first[name][:, 0], second[name][:, 0])
     with pytest.raises(PrufedError, match="fedrolex gives clients other ranks each round"):
         run(tmp_path / "again", {**document, "write_back": {"share": 0.5}})
+
+
+@pytest.mark.parametrize("tuner", ["ffa", "rolora"])
+def test_new_factors_are_refused_where_one_must_stay(
+    tmp_path: Path, configuration: Document, tuner: str
+) -> None:
+    document = {**configuration, "aggregator": {"name": "flexlora"}, "clients": CLIENTS}
+    resting = {**document, "tuner": {**configuration["tuner"], "name": tuner}}
+    with pytest.raises(PrufedError, match=f"flexlora makes new factors .* tuner {tuner} of client"):
+        run(tmp_path, resting)
+    stepping = {**document, "server_optimizer": {"name": "fedadam"}}
+    with pytest.raises(PrufedError, match="server_optimizer fedadam cannot step"):
+        run(tmp_path, stepping)
+    assert Registry(tmp_path / "registry").list("fed") == []

@@ -31,6 +31,7 @@ class FLoRA:
     """
 
     mixes_ranks = True
+    new_factors = True
     stacks = True
     breaks: ClassVar[Mapping[str, str]] = {
         "C1": "products of masked factors are averaged with their zeros",

@@ -25,6 +25,7 @@ class RaFLoRA:
     """
 
     mixes_ranks = True
+    new_factors = True
 
     def __init__(self, params: FlexLoraParams) -> None:
         self._params = params
