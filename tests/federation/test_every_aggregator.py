@@ -10,10 +10,12 @@ import torch
 
 from prufed_cli.config.documents import validated
 from prufed_cli.errors import PrufedError
-from prufed_cli.federation.artifacts import read_tensors
+from prufed_cli.federation.artifacts import ProductMasks, read_tensors
 from prufed_cli.federation.federate import FederateResult, federate
+from prufed_cli.models.base import base_masks
 from prufed_plugins.builtin import prufed_aggregators
 from prufed_plugins.errors import MethodError
+from prufed_plugins.masks import split_factor
 from prufed_registry import Registry
 
 Document = dict[str, Any]
@@ -144,3 +146,23 @@ def test_new_factors_are_refused_where_one_must_stay(
     with pytest.raises(PrufedError, match="server_optimizer fedadam cannot step"):
         run(tmp_path, stepping)
     assert Registry(tmp_path / "registry").list("fed") == []
+
+
+def test_the_server_finds_the_base_s_mask_of_every_module_it_merges(
+    tmp_path: Path, configuration: Document
+) -> None:
+    """heteagg-ls would otherwise take every product as whole, and nobody would notice."""
+    result = run(tmp_path, {**configuration, "rounds": 1, "clients": CLIENTS})
+    registry = Registry(tmp_path / "registry")
+    half = registry.resolve("fed.half@v1")
+    masks = base_masks(registry.resolve(half.manifest.parents[0].ref))
+    assert masks is not None
+    products = ProductMasks(masks, (0, 1, 2, 3), transposed=False)
+    for name, tensor in read_tensors(result.artifact).items():
+        module, factor = split_factor(name)
+        mask = products[f"{module}.weight"]
+        assert mask.dtype == torch.bool
+        assert 0.4 < float(mask.double().mean()) < 0.6
+        assert mask.shape[1 if factor == "A" else 0] == tensor.shape[1 if factor == "A" else 0]
+    turned = ProductMasks(masks, (0, 1, 2, 3), transposed=True)
+    assert torch.equal(turned[f"{module}.weight"], products[f"{module}.weight"].T)
