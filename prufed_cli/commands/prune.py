@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -82,8 +83,8 @@ def command(
     """Make a smaller model out of a larger one and print its reference.
 
     Element-wise methods (sparsegpt, wanda, magnitude) take --sparsity or --pattern; layer methods
-    (top, bottom, odd-alternate, even-alternate, symmetric, explicit) take --layers, --sparsity or
-    --set keep=N.
+    (top, symmetric, contribution, angular ...) take --layers, --sparsity or --set keep=N.
+    `prufed plugins` lists all of them.
 
     The model may be larger than memory. An interrupted prune goes on after its last finished block
     when the same command is given again, and ends with the same bytes.
@@ -162,5 +163,22 @@ def _summary(result: PruneResult) -> str:
     else:
         text = f"sparsity {details['sparsity']:.2%} of the decoder matrices, as counted"
     if scores := result.report.get("perplexity"):
-        text += f"; perplexity {scores['base']} before, {scores['pruned']} after"
-    return text
+        text += f"; perplexity {scores['base']:.4g} before, {scores['pruned']:.4g} after"
+    return "; ".join([text, *_remarks(result.report)])
+
+
+_REMARKS: Final = (
+    ("partial_group", "a last group that is not full in {}"),
+    ("damping_retries", "damping raised in {}"),
+    ("dead_channels", "silent inputs in {}"),
+    ("unrouted", "no token routed to {}, which stay as they were"),
+)
+
+
+def _remarks(report: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is out of the ordinary, with the number of matrices it is true of."""
+    matrices = report.get("matrices", ())
+    for key, text in _REMARKS:
+        count = sum(bool(matrix.get(key)) for matrix in matrices)
+        if count:
+            yield text.format(f"{count} of {len(matrices)} matrices")

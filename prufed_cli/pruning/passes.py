@@ -119,7 +119,7 @@ def _results(
     job: Job, decoder: StreamedDecoder, work: Work, progress: Callable[[str, int, int], None]
 ) -> Iterator[Sequence[PrunedMatrix]]:
     """Yield one result per sub-model for every matrix that is still to be pruned."""
-    targets = [_surveyed(job, decoder, work, each, progress) for each in range(len(job.made))]
+    targets = [_surveyed(job, decoder, work, each) for each in range(len(job.made))]
     if job.nested:
         pruner = cast("NestedPruner", job.pruner)
         yield from pruner.prune_nested(decoder, _batches(job), targets, progress)
@@ -129,13 +129,7 @@ def _results(
         yield (result,)
 
 
-def _surveyed(
-    job: Job,
-    decoder: StreamedDecoder,
-    work: Work,
-    made: int,
-    progress: Callable[[str, int, int], None],
-) -> PruneTarget:
+def _surveyed(job: Job, decoder: StreamedDecoder, work: Work, made: int) -> PruneTarget:
     """Return the target of one sub-model, refined by the pruner's survey where it makes one."""
     target = job.made[made].target
     if not hasattr(job.pruner, "survey"):
@@ -143,7 +137,13 @@ def _surveyed(
     pruner = cast("SurveyingPruner", job.pruner)
 
     def ask() -> Mapping[str, Any]:
-        found = pruner.survey(decoder, _batches(job), target, progress)
+        with job.reporter.task("survey the model", total=len(decoder.blocks)) as task:
+
+            def progress(what: str, done: int, of: int) -> None:
+                task.update(f"{what} {done}/{of}", total=of)
+                task.advance()
+
+            found = pruner.survey(decoder, _batches(job), target, progress)
         return {
             "sparsity": found.sparsity,
             "pattern": found.pattern,
