@@ -130,13 +130,7 @@ class Federation:
         )
         self.personal = frozenset(getattr(aggregator, "personal", ()))
         self.window = getattr(aggregator, "window", None)
-        if self.window is not None and config.write_back.share > 0:
-            raise PrufedError(
-                f"{config.aggregator.name} gives clients other ranks each round, of which "
-                f"write_back.share {config.write_back.share:g} has no own values to keep",
-                "set write_back.share to 0",
-                USAGE,
-            )
+        self._refuse_other_starts()
         self._refuse_other_bases(aggregator)
         infos = [client.info for client in self.clients.values()]
         sampled = [
@@ -161,6 +155,24 @@ class Federation:
         if not self.run.finished:
             self.run.record("finished", ref=self.newest.ref, digest=self.newest.digest)
         return self.newest
+
+    def _refuse_other_starts(self) -> None:
+        """Refuse what needs every client to start from the global adapter's first ranks."""
+        config = self.plan.config
+        if self.window is not None and config.write_back.share > 0:
+            raise PrufedError(
+                f"{config.aggregator.name} gives clients other ranks each round, of which "
+                f"write_back.share {config.write_back.share:g} has no own values to keep",
+                "set write_back.share to 0",
+                USAGE,
+            )
+        if (self.window is not None or self.personal) and config.screen.clip is not None:
+            raise PrufedError(
+                "screen.clip measures changes from the global adapter, and "
+                f"{config.aggregator.name} lets clients start elsewhere",
+                "leave out screen.clip, or choose another aggregator",
+                USAGE,
+            )
 
     def _refuse_other_bases(self, aggregator: Aggregator) -> None:
         """Refuse what cannot be done to factors that come back in another basis."""

@@ -166,3 +166,12 @@ def test_the_server_finds_the_base_s_mask_of_every_module_it_merges(
         assert mask.shape[1 if factor == "A" else 0] == tensor.shape[1 if factor == "A" else 0]
     turned = ProductMasks(masks, (0, 1, 2, 3), transposed=True)
     assert torch.equal(turned[f"{module}.weight"], products[f"{module}.weight"].T)
+
+
+@pytest.mark.parametrize("aggregator", ["fedsa", "fedrolex"])
+def test_clipping_is_refused_where_clients_start_elsewhere(
+    tmp_path: Path, configuration: Document, aggregator: str
+) -> None:
+    document = {**configuration, "aggregator": {"name": aggregator}, "screen": {"clip": 1.0}}
+    with pytest.raises(PrufedError, match=f"screen.clip measures changes .* {aggregator} lets"):
+        run(tmp_path, document)
