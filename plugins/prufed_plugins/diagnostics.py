@@ -46,7 +46,29 @@ class Measurement:
     cosines: dict[str, float] = field(default_factory=dict)
 
 
-def measure(updates: Sequence[Update], state: GlobalState) -> Measurement:
+@dataclass(frozen=True)
+class Sending:
+    """Which part of the global adapter the clients of a round began with.
+
+    Attributes:
+        windows: the global ranks of each client, in its order; the first ones where it has none.
+        personal: factors, of A and B, that every client keeps for itself: no change of theirs is
+            anybody else's, so it is neither measured nor clipped.
+    """
+
+    windows: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    personal: frozenset[str] = frozenset()
+
+    def ranks(self, client: str, rank: int) -> Tensor:
+        """Return a client's global ranks (r_i,)."""
+        return torch.tensor(self.windows.get(client, range(rank)), dtype=torch.int64)
+
+
+WHOLE: Final = Sending()
+"""Every client has the first ranks of both factors."""
+
+
+def measure(updates: Sequence[Update], state: GlobalState, sending: Sending = WHOLE) -> Measurement:
     """Measure a round's updates; each is read once, one module of all clients at a time.
 
     An update that cannot be read or does not fit is left out: the merge says what is wrong with it.
@@ -57,12 +79,12 @@ def measure(updates: Sequence[Update], state: GlobalState) -> Measurement:
     ordered = in_order(updates)
     while True:
         try:
-            return _measure(ordered, state)
+            return _measure(ordered, state, sending)
         except UpdateError as error:
             ordered = [update for update in ordered if update.client != error.client]
 
 
-def _measure(updates: Sequence[Update], state: GlobalState) -> Measurement:
+def _measure(updates: Sequence[Update], state: GlobalState, sending: Sending) -> Measurement:
     for update in updates:
         check_facts(update, state, mixes_ranks=True)
     found = Measurement()
@@ -73,7 +95,8 @@ def _measure(updates: Sequence[Update], state: GlobalState) -> Measurement:
         if not holders:
             continue
         parts = [load_part(update, names, state) for update in holders]
-        table = _table(parts, {key: state.tensors[name] for key, name in names.items()})
+        current = {key: state.tensors[name] for key, name in names.items()}
+        table = _table(parts, current, sending)
         mean = table.changes.mean(dim=0)
         size = float(mean @ mean)
         norms = torch.linalg.vector_norm(table.changes, dim=1).tolist()
@@ -115,7 +138,7 @@ class _Table:
     rank: int
 
 
-def _table(parts: Sequence[Part], current: Mapping[str, Tensor]) -> _Table:
+def _table(parts: Sequence[Part], current: Mapping[str, Tensor], sending: Sending) -> _Table:
     old = [current[key] for key in _KEYS]
     rank = max(old[0].shape[0], *(part.rank for part in parts))
     before = [_padded(tensor.double(), rank, index == 0) for index, tensor in enumerate(old)]
@@ -127,22 +150,22 @@ def _table(parts: Sequence[Part], current: Mapping[str, Tensor]) -> _Table:
     )
     present = None if whole else torch.zeros(len(parts), entries, dtype=torch.bool)
     for row, part in enumerate(parts):
+        ranks = sending.ranks(part.client, part.rank)
         for index, key in enumerate(_KEYS):
             place = slice(0, split) if index == 0 else slice(split, entries)
-            shape, first = before[index].shape, index == 0
-            change = _first(changes[row, place].view(shape), part.rank, first)
-            change.copy_(part.tensors[key]).sub_(_first(before[index], part.rank, first))
-            mask = part.masks[key]
-            if mask is not None:
-                change.masked_fill_(~mask, 0)
+            shape, mask = before[index].shape, part.masks[key]
             if present is not None:
-                has = _first(present[row, place].view(shape), part.rank, first)
-                has.fill_(True) if mask is None else has.copy_(mask)
+                held = present[row, place].view(shape)
+                if mask is None:
+                    held.index_fill_(index, ranks, True)
+                else:
+                    held.index_copy_(index, ranks, mask)
+            if "AB"[index] not in sending.personal:
+                change = part.tensors[key].double() - before[index].index_select(index, ranks)
+                if mask is not None:
+                    change.masked_fill_(~mask, 0)
+                changes[row, place].view(shape).index_copy_(index, ranks, change)
     return _Table(torch.cat([tensor.flatten() for tensor in before]), changes, present, split, rank)
-
-
-def _first(tensor: Tensor, rank: int, rows: bool) -> Tensor:
-    return tensor[:rank] if rows else tensor[:, :rank]
 
 
 def _padded(tensor: Tensor, rank: int, rows: bool) -> Tensor:

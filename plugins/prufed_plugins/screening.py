@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prufed_plugins.aggregators.validation import in_order, read_mask
 from prufed_plugins.api import GlobalState, Update
-from prufed_plugins.diagnostics import Measurement, measure
+from prufed_plugins.diagnostics import WHOLE, Measurement, Sending, measure
 from prufed_plugins.errors import UpdateError
 from prufed_plugins.masks import split_factor
 
@@ -51,6 +51,7 @@ def screen(
     clip: float | Literal["median"] | None = None,
     outlier: float = 1000.0,
     given_masks: Mapping[str, Masks] | None = None,
+    sending: Sending = WHOLE,
 ) -> Screened:
     """Look at a round's updates before they are merged.
 
@@ -62,6 +63,7 @@ def screen(
         outlier: a change more than this many times the median of the others' is excluded, where
             there are two others or more; 0 lets all pass.
         given_masks: by client, the masks it was given; an update with others is excluded.
+        sending: which part of the global adapter the clients began with.
 
     Raises:
         UpdateError: two updates have one name.
@@ -69,19 +71,19 @@ def screen(
     ordered = in_order(updates)
     excluded = _strange_masks(ordered, given_masks or {})
     ordered = [update for update in ordered if update.client not in excluded]
-    measured = measure(ordered, state)
+    measured = measure(ordered, state, sending)
     strange = _outliers(measured.norms, outlier)
     ordered = [update for update in ordered if update.client not in strange]
     norms = {client: norm for client, norm in measured.norms.items() if client not in strange}
     clipped = _factors(norms, clip)
     ordered = [
-        replace(update, tensors=_Clipped(update, state, clipped[update.client]))
+        replace(update, tensors=_Clipped(update, state, clipped[update.client], sending))
         if update.client in clipped
         else update
         for update in ordered
     ]
     if strange or clipped:
-        measured = measure(ordered, state)
+        measured = measure(ordered, state, sending)
     return Screened(ordered, excluded | strange, clipped, measured)
 
 
@@ -137,17 +139,22 @@ def _factors(
 class _Clipped(Mapping[str, Tensor]):
     """A client's tensors with their change from the global adapter scaled down, read on access."""
 
-    def __init__(self, update: Update, state: GlobalState, factor: float) -> None:
+    def __init__(self, update: Update, state: GlobalState, factor: float, sending: Sending) -> None:
         self._update, self._state, self._factor = update, state, factor
+        self._personal = sending.personal
+        self._ranks = sending.ranks(update.client, update.rank)
         self._scale = math.sqrt(state.scaling / update.scaling)  # from the common to its own
 
     def __getitem__(self, name: str) -> Tensor:
+        _, factor = split_factor(name)
+        if factor in self._personal:
+            return self._update.tensors[name]
         tensor = self._update.tensors[name].double()
         before = torch.zeros_like(tensor)  # a rank that the global adapter lacks starts from zero
-        known = self._state.tensors[name].double() * self._scale
-        rank = min(self._update.rank, self._state.rank)
-        first = slice(rank) if split_factor(name)[1] == "A" else (slice(None), slice(rank))
-        before[first] = known[first]
+        dim = 0 if factor == "A" else 1
+        known = (self._ranks < self._state.rank).nonzero().flatten()
+        sent = self._state.tensors[name].double().index_select(dim, self._ranks[known])
+        before.index_copy_(dim, known, sent * self._scale)
         changed = before + self._factor * (tensor - before)
         mask = read_mask(self._update, name)
         return (changed if mask is None else torch.where(mask, changed, 0.0)).float()

@@ -42,6 +42,7 @@ from prufed_plugins.api import (
     TuneStep,
     Update,
 )
+from prufed_plugins.diagnostics import Sending
 from prufed_plugins.discover import build
 from prufed_plugins.masks import magnitude_mask
 from prufed_plugins.screening import Screened, screen
@@ -417,7 +418,7 @@ class Federation:
             for name in done
         ]
         with self.reporter.task(f"round {index + 1}: merge {len(updates)} adapters"):
-            screened = self._screen(updates)
+            screened = self._screen(index, updates)
             merged = self._aggregate(index, screened.updates, aggregator)
         excluded = {**screened.excluded, **merged.excluded}
         for name, reason in excluded.items():
@@ -465,12 +466,22 @@ class Federation:
             f"({_losses(self.run.select('client', round=index))})"
         )
 
-    def _screen(self, updates: Sequence[Update]) -> Screened:
+    def _screen(self, index: int, updates: Sequence[Update]) -> Screened:
         """Leave out and scale down what is not to be merged as it came."""
         config = self.plan.config.screen
         masks = {update.client: self._masks(self.clients[update.client]) for update in updates}
+        windows = {
+            update.client: self.window(index, update.rank, self.state.rank)
+            for update in updates
+            if self.window is not None
+        }
         screened = screen(
-            updates, self.state, clip=config.clip, outlier=config.outlier, given_masks=masks
+            updates,
+            self.state,
+            clip=config.clip,
+            outlier=config.outlier,
+            given_masks=masks,
+            sending=Sending(windows, self.personal),
         )
         for name, factor in screened.clipped.items():
             self.reporter.note(f"client {name}: its change is scaled by {factor:.3g}")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prufed_plugins.aggregators.streaming import aggregate
 from prufed_plugins.api import GlobalState, Update
-from prufed_plugins.diagnostics import LARGEST_CROSS_TERM, measure
+from prufed_plugins.diagnostics import LARGEST_CROSS_TERM, Sending, measure
 from prufed_plugins.discover import build
 from prufed_plugins.screening import screen
 
@@ -146,6 +146,32 @@ def test_a_clipped_client_of_lower_rank_and_fewer_layers() -> None:
     assert found.clipped["a"] == pytest.approx(1 / math.sqrt(2 * (K + D)), rel=1e-5)
     assert found.measured.modules.keys() == {MODULES[1]}
     assert found.measured.norms["a"] == pytest.approx(1.0, rel=1e-5)
+
+
+def test_a_client_with_a_window_of_ranks_is_held_against_those() -> None:
+    window, ranks = {"a": [2, 0]}, torch.tensor([2, 0])
+    still = {n: t.index_select(0 if "lora_A" in n else 1, ranks) for n, t in STATE.tensors.items()}
+    update = Update("a", still, None, 10, 2, STATE.scaling, kept_layers=(0, 1))
+    assert measure([update], STATE, Sending(window)).norms == {"a": 0.0}
+    assert measure([update], STATE).norms["a"] > 1
+    moved = replace(update, tensors={n: t + 1 for n, t in still.items()})
+    found = screen([moved], STATE, clip=1.0, sending=Sending(window))
+    step = 1 / math.sqrt(2 * 2 * (K + D))
+    assert found.clipped["a"] == pytest.approx(step, rel=1e-5)
+    for name, tensor in found.updates[0].tensors.items():
+        torch.testing.assert_close(tensor, still[name] + step)
+
+
+def test_a_factor_that_clients_keep_is_neither_measured_nor_clipped() -> None:
+    change = draw(1)
+    shared = {n: d if "lora_A" in n else torch.zeros_like(d) for n, d in change.items()}
+    found = screen(
+        [client("a", change)], STATE, clip=0.5, sending=Sending(personal=frozenset({"B"}))
+    )
+    assert found.clipped["a"] == pytest.approx(0.5 / norm(shared), rel=1e-5)
+    for name, tensor in found.updates[0].tensors.items():
+        if "lora_B" in name:
+            assert torch.equal(tensor, STATE.tensors[name] + change[name])
 
 
 def test_without_clipping_the_tensors_are_the_ones_that_came() -> None:

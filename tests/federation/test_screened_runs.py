@@ -102,3 +102,18 @@ def test_too_few_that_pass_stop_the_run(prufed_home: Path, wild: dict[str, Any])
     wild |= {"screen": {"outlier": 100}, "min_clients": 4}
     with pytest.raises(PrufedError, match="round 1 stands with 3 usable updates, 4 are needed"):
         run(prufed_home, wild, Told())
+
+
+@pytest.mark.parametrize("aggregator", ["fedrolex", "fedsa"])
+def test_changes_are_measured_from_what_each_client_was_sent(
+    prufed_home: Path, configuration: dict[str, Any], aggregator: str
+) -> None:
+    configuration["aggregator"] = {"name": aggregator}
+    configuration["adapter"] |= {"preset": "dense", "r": 6}
+    configuration["tuner"]["lr"] = 1e-6  # nobody moves by more than this, whatever it began with
+    configuration["rounds"] = 3
+    configuration["clients"] = [{"name": "whole"}, {"name": "part", "adapter": {"r": 4}}]
+    merged = run(prufed_home, configuration, Told()).run.select("merged")
+    assert len(merged) == 3
+    for event in merged:
+        assert all(0 < said["norm"] < 1e-3 for said in event["updates"].values())
