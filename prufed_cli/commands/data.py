@@ -14,9 +14,7 @@ if TYPE_CHECKING:
 
     from prufed_cli.inspection import Inspection
 
-app = typer.Typer(
-    help="Look into a data file, or split one into a file per client.", no_args_is_help=True
-)
+app = typer.Typer(help="Look into a data file, or split one into a file per client.")
 
 SHOWN = 20
 """Lines of one kind that a person is shown; ``--json`` has them all."""
