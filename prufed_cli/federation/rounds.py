@@ -140,7 +140,7 @@ class Federation:
         ]
         rehearse(sampled, self.clients, aggregator, self.state)
         self._restore_optimizer()
-        self._warn_of_two_steps()
+        self._warn_of_two_steps(alone=any(len(names) == 1 for names in sampled))
         with self.reporter.task("rounds", total=config.rounds) as task:
             for index, names in enumerate(sampled):
                 merged = self.run.find("merged", round=index)
@@ -204,11 +204,16 @@ class Federation:
         if self.optimizer is not None and merged is not None:
             load_state(self.run.directory, merged["optimizer"], self.optimizer)
 
-    def _warn_of_two_steps(self) -> None:
-        """Say where the aggregator shortens the step before the server optimizer takes its own."""
+    def _warn_of_two_steps(self, *, alone: bool) -> None:
+        """Say where the aggregator shortens the step before the server optimizer takes its own.
+
+        Args:
+            alone: whether a client is alone in some round, where heteagg's ``auto`` shortens it.
+        """
         aggregator = self.plan.config.aggregator
         joins = aggregator.settings.get("include_global", "auto")
-        if self.optimizer is not None and aggregator.name == "heteagg" and joins is not False:
+        shortens = aggregator.name == "heteagg" and (alone if joins == "auto" else joins)
+        if self.optimizer is not None and shortens:
             self.reporter.warn(
                 "heteagg lets the global adapter join the mean, which shortens the step before "
                 "the server optimizer takes it; aggregator.include_global=false leaves it alone"
