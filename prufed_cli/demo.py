@@ -114,17 +114,15 @@ def demo_config(device: str = "auto", limit: int | None = None) -> FederationCon
 
 
 def run_demo(
+    config: FederationConfig | None = None,
     *,
-    device: str = "auto",
-    limit: int | None = None,
     registry: Registry | None = None,
     reporter: Reporter = SILENT,
 ) -> DemoResult:
     """Prune, federate and evaluate the embedded model.
 
     Args:
-        device: where to compute.
-        limit: documents per task; all by default.
+        config: the federation, a variation of :func:`demo_config`; that by default.
         registry: where artifacts go; this machine's by default.
         reporter: is told how far it is.
     """
@@ -134,7 +132,7 @@ def run_demo(
 
     started = time.monotonic()
     registry = registry or open_registry()
-    plan = make_plan(demo_config(device, limit), registry)
+    plan = make_plan(config or demo_config(), registry)
     run = start(plan, runs_directory())
     with run.locked(), reporter.task("demo", total=4) as task:
         task.update("demo: prune to 0, 25, 50 and 75 %")

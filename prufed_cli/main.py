@@ -6,16 +6,13 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
 from typing import TYPE_CHECKING, Final
 
-from prufed_cli import __version__
+from prufed_cli import __version__, interrupts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from types import FrameType
 
 VERBS: Final[dict[str, dict[str, str]]] = {
     "Work": {
@@ -78,7 +75,7 @@ def help_text() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    pressed = _watch_interrupts()
+    interrupts.watch()
     try:
         code = _run(arguments)
         sys.stdout.flush()
@@ -90,25 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except Exception as error:
         # Compiled code may turn the interrupt into an error of its own; Ctrl-C it was all the same.
-        if not pressed:
+        if not interrupts.pressed():
             raise
         return _interrupted(next(iter(getattr(error, "__notes__", [])), None))
     return code
-
-
-def _watch_interrupts() -> list[int]:
-    """Return a list that every Ctrl-C from now on is entered in; it interrupts as ever."""
-    pressed: list[int] = []
-
-    def enter(number: int, frame: FrameType | None) -> None:
-        pressed.append(number)
-        signal.default_int_handler(number, frame)
-
-    # A process that was started to ignore Ctrl-C goes on to, and other threads cannot listen.
-    listening = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if listening and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, enter)
-    return pressed
 
 
 def _interrupted(hint: str | None) -> int:

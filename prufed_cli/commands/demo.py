@@ -24,10 +24,11 @@ def command(
 
     Nothing is downloaded. The artifacts stay in the registry to be looked at.
     """
-    from prufed_cli.demo import run_demo
+    from prufed_cli.demo import demo_config, run_demo
     from prufed_cli.output import emit_json, reporter
 
-    result = run_demo(device=device, limit=limit, reporter=reporter(quiet=quiet or as_json))
+    config = demo_config(device, limit)
+    result = run_demo(config, reporter=reporter(quiet=quiet or as_json))
     if as_json:
         emit_json(_document(result))
     else:

@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from prufed_cli import interrupts
 from prufed_cli.errors import INTEGRITY, NOT_FOUND, PrufedError
 
 LAYOUT: Final = 1
@@ -46,7 +47,12 @@ class Run:
         return self.directory.name
 
     def record(self, kind: str, **facts: Any) -> Event:
-        """Append one event and make sure that it is on the disk."""
+        """Append one event and make sure that it is on the disk.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C was pressed; what the event says may be its doing.
+        """
+        interrupts.check()
         event: Event = {"event": kind, "time": _now(), **facts}
         line = json.dumps(event, separators=(",", ":")) + "\n"
         with (self.directory / "events.jsonl").open("a", encoding="utf-8") as journal:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from prufed_cli import interrupts
 from prufed_cli.errors import Interrupted
 from prufed_cli.evaluation.perplexity import Perplexity
 from prufed_cli.models.activations import Activations
@@ -98,6 +99,7 @@ def _prune(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, work: Work) -
         task.advance(finished)
 
         def progress(what: str, done: int, of: int) -> None:
+            interrupts.check()
             task.update(f"prune with {job.method}: {what} {done}/{of}", total=of)
             task.advance()
 

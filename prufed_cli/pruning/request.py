@@ -78,7 +78,7 @@ def parse_sparsities(text: str) -> list[float]:
             found.append(float(part))
         except ValueError:
             raise PrufedError(
-                f"sparsity {part.strip()!r} is no number", "for example --sparsity 0.5", USAGE
+                f"--sparsity {part.strip()!r} is no number", "for example --sparsity 0.5", USAGE
             ) from None
         if found.count(found[-1]) > 1:
             raise PrufedError(f"sparsity {found[-1]:g} is there twice", "give it once", USAGE)

@@ -23,7 +23,7 @@ def test_sparsity_outside_its_range(prune: Call, nothing_made: Call, sparsity: s
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        pytest.param(["--sparsity", "half"], "'--sparsity'", id="not-a-number"),
+        pytest.param(["--sparsity", "half"], "--sparsity 'half' is no number", id="not-a-number"),
         pytest.param(["--pattern", "4:2"], "pattern '4:2' is not n:m", id="pattern-backwards"),
         pytest.param(["--pattern", "two:four"], "pattern 'two:four'", id="pattern-in-words"),
         pytest.param([], "magnitude needs to know how much", id="no-target"),

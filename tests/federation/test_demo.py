@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from prufed_cli.demo import STAGES, TIERS, run_demo
+from prufed_cli.demo import STAGES, TIERS, demo_config, run_demo
 from prufed_cli.federation.journal import load
 from prufed_registry import Registry
 
 
 @pytest.mark.slow
 def test_the_demo_fills_its_table_and_leaves_its_artifacts(prufed_home: Path) -> None:
-    result = run_demo(device="cpu", limit=4)
+    config = demo_config("cpu", limit=4)
+    few_steps = config.tuner.settings | {"max_steps": 3}
+    tuner = config.tuner.model_copy(update={"settings": few_steps})
+    result = run_demo(config.model_copy(update={"tuner": tuner}))
     assert result.cells.keys() == {(stage, tier) for stage in STAGES for tier in TIERS}
     assert all(0 <= cell.mean <= 1 and cell.stderr > 0 for cell in result.cells.values())
     assert 0 <= result.overhead < 1
