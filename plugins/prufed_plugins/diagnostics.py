@@ -7,7 +7,7 @@ client has; an entry it lacks counts as no change.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -26,6 +26,11 @@ LARGEST_CROSS_TERM: Final = 512
 square."""
 
 
+LARGEST_TABLE: Final = 1 << 29
+"""Bytes that one module of all clients may take side by side. Above, clients are measured one by
+one, and not against their mean: memory must not grow with their number."""
+
+
 @dataclass
 class Measurement:
     """What one round's updates are like.
@@ -36,9 +41,10 @@ class Measurement:
             ``cosine_min``, ``cosine_mean``: of the angle between Δ_i and the plain mean of all.
             ``cross_term``: ‖Σ p (B_i − B̄)(A_i − Ā)‖ / ‖B̄ Ā‖ with p = 1/n, what averaging the
             factors loses of the mean product where nothing is masked; means and deviations are
-            over the entries that clients have. Absent where there are too many ranks.
+            over the entries that clients have. Absent where there are too many ranks. Cosines and
+            the cross term are absent where a module of all clients is too large.
         norms: ‖Δ_i‖ of the whole adapter, by client.
-        cosines: with the mean, over the modules that the client has.
+        cosines: with the mean, over the modules that the client has and that have one.
     """
 
     modules: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -89,13 +95,18 @@ def _measure(updates: Sequence[Update], state: GlobalState, sending: Sending) ->
         check_facts(update, state, mixes_ranks=True)
     found = Measurement()
     squares = dict.fromkeys((update.client for update in updates), 0.0)  # ‖Δ_i‖²
-    dots, means = dict(squares), dict(squares)  # Δ_i · Δ̄ and ‖Δ̄‖² over the client's modules
+    # Δ_i · Δ̄, ‖Δ̄‖² and ‖Δ_i‖² over the client's modules that are measured against their mean
+    dots, means, seen = dict(squares), dict(squares), dict(squares)
     for module, names in by_module(state.tensors).items():
         holders = [update for update in updates if in_layers(module, update.kept_layers)]
         if not holders:
             continue
-        parts = [load_part(update, names, state) for update in holders]
         current = {key: state.tensors[name] for key, name in names.items()}
+        if 8 * len(holders) * sum(tensor.numel() for tensor in current.values()) > LARGEST_TABLE:
+            alone = (load_part(update, names, state) for update in holders)
+            found.modules[module] = _one_by_one(alone, current, sending, squares)
+            continue
+        parts = [load_part(update, names, state) for update in holders]
         table = _table(parts, current, sending)
         mean = table.changes.mean(dim=0)
         size = float(mean @ mean)
@@ -104,6 +115,7 @@ def _measure(updates: Sequence[Update], state: GlobalState, sending: Sending) ->
         cosines = []
         for part, norm, dot in zip(parts, norms, products, strict=True):
             squares[part.client] += norm**2
+            seen[part.client] += norm**2
             dots[part.client] += dot
             means[part.client] += size
             cosines.append(_cosine(dot, norm**2, size))
@@ -115,8 +127,30 @@ def _measure(updates: Sequence[Update], state: GlobalState, sending: Sending) ->
         }
     for client, square in squares.items():
         found.norms[client] = math.sqrt(square)
-        found.cosines[client] = _cosine(dots[client], square, means[client])
+        if seen[client]:
+            found.cosines[client] = _cosine(dots[client], seen[client], means[client])
     return found
+
+
+def _one_by_one(
+    parts: Iterable[Part],
+    current: Mapping[str, Tensor],
+    sending: Sending,
+    squares: dict[str, float],
+) -> dict[str, Any]:
+    """Return what is known of a module without its clients side by side; add to the squares."""
+    norms: list[float] = []
+    counts: Tensor | int = 0
+    for part in parts:
+        table = _table([part], current, sending)
+        counts = counts + (1 if table.present is None else table.present[0].int())
+        norms.append(float(torch.linalg.vector_norm(table.changes)))
+        squares[part.client] += norms[-1] ** 2
+    histogram = torch.bincount(torch.as_tensor(counts).expand(table.before.numel()))
+    return {
+        "coverage_histogram": [*histogram.tolist(), *[0] * (len(norms) + 1 - len(histogram))],
+        **_summary("norm", norms),
+    }
 
 
 @dataclass(frozen=True)

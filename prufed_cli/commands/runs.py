@@ -112,7 +112,7 @@ def _rows(event: Event, merged: Mapping[int, Event]) -> list[list[object]]:
         change = f"{found['norm']:.3g}" if found else ""
         if "clipped" in found:
             change += f" (scaled by {found['clipped']:.2g})"
-        return [[*cells, change, f"{found['cosine']:.2f}" if found else ""]]
+        return [[*cells, change, f"{found['cosine']:.2f}" if "cosine" in found else ""]]
     if event["event"] == "client_failed":
         return [[number, event["client"], f"failed: {event['reason']}", *_EMPTY]]
     if event["event"] == "merged":

@@ -18,10 +18,9 @@ def summaries(screened: Screened) -> dict[str, dict[str, float]]:
     """Return norm and cosine of every update that was merged, and how far it was scaled down."""
     found = {}
     for client, norm in screened.measured.norms.items():
-        found[client] = {
-            "norm": _short(norm),
-            "cosine": _short(screened.measured.cosines[client]),
-        }
+        found[client] = {"norm": _short(norm)}
+        if client in screened.measured.cosines:
+            found[client]["cosine"] = _short(screened.measured.cosines[client])
         if client in screened.clipped:
             found[client]["clipped"] = _short(screened.clipped[client])
     return found

@@ -288,6 +288,21 @@ def test_the_cross_term_of_very_many_ranks_is_left_out() -> None:
     assert found.modules[MODULES[0]]["coverage_histogram"][count] == RANK * (K + D)
 
 
+def test_what_is_too_large_to_lie_side_by_side_is_measured_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    updates = [client("a", draw(1), half(1)), client("b", draw(2), half(2)), client("c", draw(3))]
+    together = measure(updates, STATE)
+    monkeypatch.setattr("prufed_plugins.diagnostics.LARGEST_TABLE", 0)
+    alone = measure(updates, STATE)
+    assert alone.norms == pytest.approx(together.norms)
+    assert alone.cosines == {}
+    for module in MODULES:
+        for key, value in alone.modules[module].items():
+            assert value == pytest.approx(together.modules[module][key]), key
+        assert "cosine_mean" not in alone.modules[module]
+
+
 def test_the_order_of_updates_changes_nothing() -> None:
     updates = [client(name, draw(seed)) for seed, name in enumerate("abcd")]
     assert measure(updates, STATE) == measure(updates[::-1], STATE)
