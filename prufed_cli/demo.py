@@ -100,7 +100,7 @@ def demo_config(device: str = "auto", limit: int | None = None) -> FederationCon
             "adapter": {"r": 8, "alpha": 16, "target_modules": ["all-linear"]},
             "tuner": {
                 "name": "lora",
-                "epochs": 3,
+                "epochs": 2,
                 "batch_size": 16,
                 "micro_batch_size": 16,
                 "train_on": "response",
@@ -182,8 +182,12 @@ def _score_bases(federation: Federation) -> dict[str, Scores]:
 
 
 def _score_clients(federation: Federation, event: str) -> dict[str, Scores]:
-    """Return every client's scores with the adapter of an event; equal adapters are scored once."""
+    """Return every client's scores with the adapter of an event; equal adapters are scored once.
+
+    Clients of one sub-model are given the same entries of the global adapter.
+    """
     from prufed_cli.federation.artifacts import read_tensors
+    from prufed_cli.models.adapter_files import WEIGHTS_FILE
 
     known: dict[tuple[str, str], Scores] = {}
     scores = {}
@@ -192,7 +196,7 @@ def _score_clients(federation: Federation, event: str) -> dict[str, Scores]:
             found = federation.run.find(event, client=name)
             if found is not None:
                 artifact = federation.registry.resolve(found["ref"])
-                key = (client.base.digest, artifact.digest)
+                key = (client.base.digest, artifact.manifest.files[WEIGHTS_FILE].sha256)
                 if key not in known:
                     adapter = (client.spec, read_tensors(artifact))
                     known[key] = federation.scoring.score(client.base, adapter)

@@ -20,7 +20,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 HERE = Path(__file__).parent
-SEQUENCES, LENGTH, SPARSITY = 16, 512, 0.5
+SEQUENCES, LENGTH, SPARSITY = 8, 512, 0.5
 OURS = """
 import sys
 from prufed_cli.pruning import PruneRequest, prune
