@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,13 +83,19 @@ def prune(model: Any, tokens: Tensor, sparsity: float) -> None:
             weight, _ = plain_sparsegpt(
                 module.weight.float(), hessians[name].matrix, sparsity, exact=False
             )
-            module.weight.copy_(weight)
+            module.weight.copy_(weight.to(torch.bfloat16))  # as it is stored
         states = [run(hidden) for hidden in states]
 
 
 def _run(block: nn.Module, arguments: dict[str, Any], hidden: Tensor) -> Tensor:
     output = block(hidden, **arguments)
     return output[0] if isinstance(output, tuple) else output
+
+
+def peak_memory() -> int:
+    """Return the most memory that this process has held, in KiB; Linux only."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
 def main(model_directory: str, tokens: str, out: str, sparsity: float) -> None:
@@ -98,6 +105,7 @@ def main(model_directory: str, tokens: str, out: str, sparsity: float) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32).eval()
     prune(model, load_file(tokens)["tokens"].long(), sparsity)
     model.to(torch.bfloat16).save_pretrained(out)
+    print(peak_memory())
 
 
 if __name__ == "__main__":
