@@ -133,8 +133,9 @@ def _check_parents(layout: Layout, ref: str, manifest: Manifest) -> Iterator[Pro
 def _check_entries(layout: Layout, name: str) -> Iterator[Problem]:
     for entry in sorted(layout.versions(name).iterdir()):
         known = entry.name in ("aliases", ".gone") or names.parse_version(entry.name)
-        gone = not entry.exists() and not entry.is_symlink()
-        if not gone and (not known or entry.is_symlink() or not entry.is_dir()):
+        strange = not known or entry.is_symlink() or not entry.is_dir()
+        # Asked last: a version that is removed meanwhile is no directory either.
+        if strange and os.path.lexists(entry):
             yield Problem(name, entry.name, "does not belong into the registry")
 
 
