@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prufed_plugins.errors import MethodError
-from prufed_plugins.tensor_files import Entries, TensorFile
+from prufed_plugins.tensor_files import Buffer, Entries, TensorFile
 
 FactorMask = Literal["none", "nested", "magnitude", "rank", "structured"]
 """Where a client's LoRA factors are zero (LEGO, 2410.18287, readings R1, R2, R5, R6)."""
@@ -305,9 +305,9 @@ class MaskFile(Mapping[str, Tensor]):
         packed = self._packed.entries(name)
         _check_packed(packed.dtype, packed.shape, shape)
 
-        def read(start: int, stop: int) -> Tensor:
+        def read(start: int, stop: int, buffer: Buffer | None) -> Tensor:
             first = start // 8
-            piece = packed.read(first, (stop + 7) // 8)
+            piece = packed.read(first, (stop + 7) // 8, buffer)
             bits = np.unpackbits(piece.numpy(), bitorder="little").view(np.bool_)
             if stop == math.prod(shape):
                 _check_rest(bits[stop - 8 * first :], shape)

@@ -55,10 +55,3 @@ def scratch(shape: Sequence[int], dtype: DTypeLike) -> Array:
     # A view of the lease would refer to the memory itself, as numpy keeps chains of views short;
     # as the owner of a buffer the lease is referred to.
     return np.frombuffer(lease.data, kind).reshape(shape)
-
-
-def zeros(shape: Sequence[int], dtype: DTypeLike) -> Array:
-    """Return zeros in such memory."""
-    array = scratch(shape, dtype)
-    array.fill(0)
-    return array

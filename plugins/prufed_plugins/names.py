@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 from prufed_plugins.masks import split_factor
 
 
+@lru_cache(maxsize=2**16)  # a merge asks for every name of every client
 def layer_index(name: str) -> int | None:
     """Return the decoder layer a module or tensor belongs to; None where it belongs to none.
 

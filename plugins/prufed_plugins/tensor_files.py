@@ -8,9 +8,9 @@ that an earlier tensor no longer needs.
 
 from __future__ import annotations
 
-import io
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -47,6 +47,22 @@ class _Entry(NamedTuple):
     end: int
 
 
+class Buffer:
+    """Memory for pieces that are read one after the other: each read overwrites the one before."""
+
+    def __init__(self, size: int) -> None:
+        """Take ``size`` bytes."""
+        self._memory = scratch([size], np.uint8)
+        self._taken: tuple[int, torch.dtype, memoryview, Tensor] | None = None
+
+    def take(self, size: int, dtype: torch.dtype) -> tuple[memoryview, Tensor]:
+        """Return the first ``size`` bytes, to be filled, and as entries, to be looked at."""
+        if self._taken is None or self._taken[:2] != (size, dtype):
+            part = self._memory[:size]
+            self._taken = size, dtype, part.data, torch.from_numpy(part).view(dtype)
+        return self._taken[2:]
+
+
 @dataclass(frozen=True)
 class Entries:
     """A tensor that is read piece by piece.
@@ -54,12 +70,13 @@ class Entries:
     Attributes:
         dtype: of its entries.
         shape: what it is as a whole.
-        read: returns the entries from one index to before another, in row-major order.
+        read: returns the entries from one index to before another, in row-major order; in the
+            buffer, if it is given one that is large enough and they are not in memory anyway.
     """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    read: Callable[[int, int], Tensor]
+    read: Callable[[int, int, Buffer | None], Tensor]
 
 
 def entries_of(tensors: Mapping[str, Tensor], name: str) -> Entries | None:
@@ -80,7 +97,7 @@ def entries_of(tensors: Mapping[str, Tensor], name: str) -> Entries | None:
         return None
     tensor: Tensor = tensors[name]
     flat = tensor.detach().cpu().reshape(-1)
-    return Entries(tensor.dtype, tuple(tensor.shape), lambda start, stop: flat[start:stop])
+    return Entries(tensor.dtype, tuple(tensor.shape), lambda start, stop, buffer: flat[start:stop])
 
 
 class TensorFile(Mapping[str, Tensor]):
@@ -99,6 +116,7 @@ class TensorFile(Mapping[str, Tensor]):
             MethodError: the file is missing, truncated or no safetensors file.
         """
         self._path = path
+        self._name = str(path)  # of a path it would be made anew at every read
         try:
             with safe_open(path, framework="pt"):  # checks lengths, offsets and dtypes
                 pass
@@ -116,7 +134,7 @@ class TensorFile(Mapping[str, Tensor]):
             MethodError: the file has become shorter or unreadable, or the dtype is not supported.
         """
         entries = self.entries(name)
-        return entries.read(0, math.prod(entries.shape)).reshape(entries.shape)
+        return entries.read(0, math.prod(entries.shape), None).reshape(entries.shape)
 
     def entries(self, name: str) -> Entries:
         """Return one tensor to be read piece by piece.
@@ -134,17 +152,18 @@ class TensorFile(Mapping[str, Tensor]):
         dtype = _DTYPES[stated]
         width, begin = dtype.itemsize, self._start + begin
 
-        def read(start: int, stop: int) -> Tensor:
-            if start == stop:
+        def read(start: int, stop: int, buffer: Buffer | None) -> Tensor:
+            size = (stop - start) * width
+            if not size:
                 return torch.empty(0, dtype=dtype)
-            memory = scratch([(stop - start) * width], np.uint8)
+            view, entries = (buffer or Buffer(size)).take(size, dtype)
             try:
-                _read_into(memory.data, self._path, begin + start * width)
+                _read_into(view, self._name, begin + start * width)
             except OSError as error:
                 raise MethodError(
                     f"cannot read {name} from {self._path}: {error}", "make the adapter again"
                 ) from error
-            return torch.from_numpy(memory).view(dtype)
+            return entries
 
         return Entries(dtype, shape, read)
 
@@ -174,12 +193,14 @@ def _read_header(path: Path) -> tuple[int, dict[str, _Entry]]:
     return _LENGTH_BYTES + length, entries
 
 
-def _read_into(view: memoryview, path: Path, offset: int) -> None:
+def _read_into(view: memoryview, path: str, offset: int) -> None:
     """Fill ``view`` from the file; one read returns at most 2 GiB."""
-    with io.FileIO(path) as file:
-        file.seek(offset)
+    file = os.open(path, os.O_RDONLY)  # io.FileIO takes as long again as reading a short piece
+    try:
         while view:
-            count = file.readinto(view)
+            count = os.preadv(file, [view], offset)
             if not count:
                 raise OSError(f"{len(view)} bytes are missing at the end of the file")
-            view = view[count:]
+            view, offset = view[count:], offset + count
+    finally:
+        os.close(file)

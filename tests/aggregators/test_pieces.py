@@ -158,7 +158,7 @@ def test_a_mask_is_read_in_pieces_as_it_is_whole(tmp_path: Path) -> None:
     assert (entries.dtype, entries.shape) == (torch.bool, (5, 9))
     for start in range(46):
         for stop in range(start, 46):
-            assert torch.equal(entries.read(start, stop), mask.reshape(-1)[start:stop])
+            assert torch.equal(entries.read(start, stop, None), mask.reshape(-1)[start:stop])
 
 
 def test_memory_is_used_again_only_when_nothing_refers_to_it() -> None:

@@ -16,6 +16,7 @@ processor's cache from one client to the next.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Protocol, runtime_checkable
@@ -25,15 +26,23 @@ import torch
 from torch import Tensor
 
 from prufed_plugins.api import Merged, Part
-from prufed_plugins.memory import scratch, zeros
+from prufed_plugins.memory import scratch
+from prufed_plugins.tensor_files import Buffer
 
 Fallback = Literal["keep", "zero"]
 """What an entry that too few clients have becomes: its old value, or 0 as in Algorithm 2."""
 
-RUN: Final = 2**15
+RUN: Final = 2**16
 """Entries of a piece: their sums, in float64, and what one client sends of them."""
 
+_MOST_IN_A_BYTE: Final = 255
+"""Up to so many clients are counted in bytes: several times faster to add to than int32."""
+
 _BITS: Final = {torch.float32: torch.int32, torch.float64: torch.int64}
+
+
+Buffers = tuple[Buffer, Buffer]
+"""Where the entries of a piece and their mask are read into."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +61,22 @@ class GlobalShare:
 
 
 class Reader(Protocol):
-    """Reads one client's share of one tensor, piece by piece, checked as in :class:`Part`."""
+    """Reads one client's share of one tensor, piece by piece, otherwise as in :class:`Part`."""
 
     @property
     def client(self) -> str:
         """The client's name."""
 
-    def read(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+    def read(
+        self, start: int, stop: int, buffers: Buffers | None = None, *, checked: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the entries from ``start`` to before ``stop`` and their mask, both flat.
+
+        Args:
+            start: the first entry, in row-major order.
+            stop: the entry after the last.
+            buffers: for the entries and for their mask, each large enough.
+            checked: False leaves NaN and infinity in.
 
         Raises:
             UpdateError: an entry that exists is NaN or infinite.
@@ -92,16 +109,28 @@ class _Mean:
 
 
 class CoverageSum:
-    """S, C and N of one tensor."""
+    """S, C and N of one tensor, or of one piece of it after the other in the same memory.
+
+    Attributes:
+        shape: of the tensor.
+    """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape = shape
-        self._sum: np.ndarray[Any, Any] | None = None  # S, once there is any
-        self._count = zeros((0,), np.uint8)  # N of the masked clients, once there are any
-        self._masked = 0  # how many those are
-        self._chosen: Tensor | None = None  # one client's entries, the others cleared
-        self._weight: np.ndarray[Any, Any] | None = None  # their C, where it differs from N
-        self._dense_count = 0  # N and C of the clients without a mask: the same for every entry
+        self._sum = torch.from_numpy(scratch(shape, np.float64))  # S
+        self._wide = torch.from_numpy(scratch(shape, np.float64))  # one client's share of S or C
+        self._count: Tensor | None = None  # N of the masked clients
+        self._weight: Tensor | None = None  # their C, where it differs from N
+        self._present: Tensor | None = None  # one client's mask as 0 and 1, in its entries' dtype
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self._added = 0
+        self._masked = False  # whether any of them had a mask
+        self._clients = 0  # clients that had
+        self._weighted = False  # whether their C differs from N
+        self._dense_count = 0  # N and C of the others: the same for every entry
         self._dense_weight = 0.0
 
     def add(
@@ -110,7 +139,8 @@ class CoverageSum:
         """Add one client, or the global adapter.
 
         Args:
-            tensor: θ_i of this sum's shape, float32 or float64. NaN is ignored where masked out.
+            tensor: θ_i of this sum's shape, float32 or float64. NaN and infinity spoil the sum even
+                where they are masked out; see :meth:`is_finite`.
             mask: m_i, bool, of the same shape; None means every entry.
             weight: w_i > 0.
             client: False for the global adapter, which counts in S and C but not in N.
@@ -119,74 +149,92 @@ class CoverageSum:
             self._dense_count += client
             self._dense_weight += weight
         else:
-            self._add_mask(mask, weight, client)
-            if self._chosen is None or self._chosen.dtype != tensor.dtype:
-                self._chosen = torch.from_numpy(scratch(self.shape, tensor.numpy().dtype))
-            tensor = select(tensor, mask, out=self._chosen)
-        self._add_values(tensor, weight)
+            present = mask.contiguous().view(torch.uint8)
+            self._add_mask(present, weight, client)
+            tensor = self._cleared(tensor, present)
+        target = self._wide if self._added else self._sum
+        target.copy_(tensor)
+        if weight != 1.0:
+            target.mul_(weight)
+        if self._added:
+            self._sum.add_(self._wide)
+        self._added += 1
 
-    def covered(self, min_count: int = 1) -> Tensor | None:
-        """Return where N ≥ min_count; None where that is every entry."""
+    def is_finite(self) -> bool:
+        """Return whether every entry that was added is finite, those masked out included."""
+        return not self._added or is_finite(self._sum)
+
+    def mean(self, fallback: Tensor | None, min_count: int = 1) -> tuple[Tensor, Tensor | None]:
+        """Return S / C where N ≥ min_count, else ``fallback`` (None: 0), as float64.
+
+        The result is in the memory of the sum: nothing can be added after it.
+
+        Returns:
+            The mean, and a bool tensor of where N ≥ min_count; None where that is every entry.
+        """
+        covered = self._covered(min_count)
+        if not self._added:
+            mean = self._sum.zero_()
+        else:
+            mean = self._sum.div_(self._total() if self._masked else self._dense_weight)
+        if covered is not None:
+            # as indices: mostly few, and many still cost less than choosing by a mask
+            missing = np.flatnonzero(~covered.numpy())
+            if fallback is None:
+                mean.numpy().reshape(-1)[missing] = 0.0
+            else:
+                mean.numpy().reshape(-1)[missing] = fallback.numpy().reshape(-1)[missing]
+        return mean, covered
+
+    def _covered(self, min_count: int) -> Tensor | None:
         if self._dense_count >= min_count:
             return None
-        if not self._count.size:
+        if not self._masked or self._count is None:
             return torch.zeros(self.shape, dtype=torch.bool)
-        covered = torch.from_numpy(self._count >= min_count - self._dense_count)
+        covered = self._count >= min_count - self._dense_count
         return None if covered.numpy().all() else covered
 
-    def mean(self, fallback: Tensor | None, min_count: int = 1) -> Tensor:
-        """Return S / C where N ≥ min_count, else ``fallback`` (None: 0), as float64."""
-        total: Any = self._dense_weight
-        if self._count.size:
-            total = total + (self._count if self._weight is None else self._weight)
-        covered = self.covered(min_count)
-        if self._sum is None:
-            self._sum = zeros(self.shape, np.float64)
-        mean = scratch(self.shape, np.float64)
-        with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0, where nothing is covered
-            np.divide(self._sum, total, out=mean)
-        if covered is None:
-            return torch.from_numpy(mean)
-        # dividing only where it is covered takes ten times as long
-        chosen = select(torch.from_numpy(mean), covered)
-        if fallback is not None:
-            bits = chosen.view(torch.int64)
-            bits |= select(fallback.double(), ~covered).view(torch.int64)
-        return chosen
+    def _total(self) -> Tensor:
+        """Return C of every entry."""
+        known = self._weight if self._weighted else self._count
+        assert known is not None
+        total = self._wide.copy_(known)
+        return total.add_(self._dense_weight) if self._dense_weight else total
 
-    def _add_mask(self, mask: Tensor, weight: float, client: bool) -> None:
-        present = _bytes(mask)
-        if not self._count.size:
-            self._count = zeros(self.shape, np.uint8)
-        if self._weight is None and (weight != 1.0 or not client):
-            self._weight = self._count.astype(np.float64)  # so far each counted one
-        if self._weight is not None:
-            self._weight += np.multiply(present, weight, dtype=np.float64)
+    def _add_mask(self, present: Tensor, weight: float, client: bool) -> None:
+        if self._count is None:
+            self._count = torch.from_numpy(scratch(self.shape, np.uint8))
+        if not self._masked:
+            self._masked = True
+            self._count.zero_()
+        if not self._weighted and (weight != 1.0 or not client):
+            self._weighted = True  # so far each counted one
+            if self._weight is None:
+                self._weight = torch.from_numpy(scratch(self.shape, np.float64))
+            self._weight.copy_(self._count)
+        if self._weighted:
+            assert self._weight is not None
+            self._weight.add_(self._wide.copy_(present).mul_(weight))
         if client:
-            self._masked += 1
-            # the narrowest integers that hold the count: eight times faster to add to than int32
-            self._count = self._count.astype(np.min_scalar_type(self._masked), copy=False)
-            self._count += present
+            self._clients += 1
+            if self._clients > _MOST_IN_A_BYTE:
+                self._count = self._count.int()
+            self._count.add_(present)
 
-    def _add_values(self, tensor: Tensor, weight: float) -> None:
-        values = tensor.numpy()
-        if self._sum is None:
-            self._sum = scratch(self.shape, np.float64)
-            np.multiply(values, weight, out=self._sum, dtype=np.float64)
-            return
-        if weight != 1.0:
-            weighted = scratch(self.shape, np.float64)
-            values = np.multiply(values, weight, out=weighted, dtype=np.float64)
-        np.add(self._sum, values, out=self._sum)
+    def _cleared(self, tensor: Tensor, present: Tensor) -> Tensor:
+        """Return the entries with zeros where the client has none."""
+        if self._present is None or self._present.dtype != tensor.dtype:
+            self._present = torch.from_numpy(scratch(self.shape, tensor.numpy().dtype))
+        return torch.mul(tensor, self._present.copy_(present), out=self._present)
 
 
-def select(tensor: Tensor, mask: Tensor, out: Tensor | None = None) -> Tensor:
+def select(tensor: Tensor, mask: Tensor) -> Tensor:
     """Return ``where(mask, tensor, 0)`` for float32 or float64.
 
     Multiplying the bit patterns by 0 or 1 keeps or clears them whatever they are, NaN included,
     and is eight times faster on a CPU than ``torch.where``.
     """
-    kept = torch.empty_like(tensor) if out is None else out
+    kept = torch.empty_like(tensor)
     bits = _BITS[tensor.dtype]
     np.multiply(tensor.contiguous().view(bits).numpy(), _bytes(mask), out=kept.view(bits).numpy())
     return kept
@@ -245,24 +293,46 @@ def _mean_in_pieces(
     coverage: list[Tensor | None] = []
     share = mean.include_global
     present = share.masks.get(key) if share else None
+    total: CoverageSum | None = None
+    longest = min(RUN, old.numel())
+    buffers = Buffer(8 * longest), Buffer(longest)
     for start in range(0, old.numel(), RUN):
         run = slice(start, min(start + RUN, old.numel()))
-        total = CoverageSum((run.stop - run.start,))
-        for reader in readers:
-            mean.add(total, reader.client, *reader.read(run.start, run.stop))
+        shape = (run.stop - run.start,)
+        total = total if total is not None and total.shape == shape else CoverageSum(shape)
+        _sum_up(mean, total, readers, run, buffers)
         if share is not None:
             mask = None if present is None else present.reshape(-1)[run]
             total.add(as_float(old[run]), mask, share.weight, client=False)
-        fallback = old[run] if mean.fallback == "keep" else None
-        new[run] = total.mean(fallback, mean.min_count)
-        coverage.append(total.covered(mean.min_count))
+        fallback = as_float(old[run]) if mean.fallback == "keep" else None
+        found, covered = total.mean(fallback, mean.min_count)
+        new[run] = found
+        coverage.append(covered)
     return new.reshape(current.shape), _joined(coverage, current)
+
+
+def _sum_up(
+    mean: _Mean, total: CoverageSum, readers: Sequence[Reader], run: slice, buffers: Buffers
+) -> None:
+    """Set ``total`` to what all clients have of one piece.
+
+    They are added unseen: NaN and infinity show in the sum. Only then is each one looked at.
+    """
+    for checked in (False, True):
+        total.clear()
+        for reader in readers:
+            entries = reader.read(run.start, run.stop, buffers, checked=checked)
+            mean.add(total, reader.client, *entries)
+        if total.is_finite():
+            return
 
 
 def _joined(coverage: Sequence[Tensor | None], current: Tensor) -> Tensor | None:
     """Return the coverage of a tensor from that of its pieces; None where it is every entry."""
     if all(piece is None for piece in coverage):
         return None
+    if len(coverage) == 1 and coverage[0] is not None:
+        return coverage[0].reshape(current.shape)
     joined = torch.ones(current.numel(), dtype=torch.bool)
     for index, piece in enumerate(coverage):
         if piece is not None:
@@ -278,13 +348,12 @@ def finish(
     fallback: Fallback = "keep",
 ) -> Merged:
     """Return the means of ``sums``, cast to the dtypes of ``current``, and their coverage."""
-    covered = {key: total.covered(min_count) for key, total in sums.items()}
-    tensors = {
-        key: total.mean(current[key] if fallback == "keep" else None, min_count).to(
-            current[key].dtype
-        )
-        for key, total in sums.items()
-    }
+    tensors: dict[str, Tensor] = {}
+    covered: dict[str, Tensor | None] = {}
+    for key, total in sums.items():
+        old = current[key]
+        mean, covered[key] = total.mean(as_float(old) if fallback == "keep" else None, min_count)
+        tensors[key] = mean.to(old.dtype)
     return _merged(tensors, covered)
 
 
@@ -302,6 +371,11 @@ def _merged(tensors: dict[str, Tensor], covered: dict[str, Tensor | None]) -> Me
 def as_float(tensor: Tensor) -> Tensor:
     """Return the tensor as float64 if it is float64, else as float32: both lose nothing."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether no entry is NaN or infinite: both survive a sum, which takes one fast pass."""
+    return math.isfinite(tensor.sum()) or bool(tensor.isfinite().all())
 
 
 def _bytes(mask: Tensor) -> np.ndarray[Any, Any]:

@@ -49,5 +49,5 @@ class HeteAggLayer:
         means = {key: CoverageSum(shape) for key, shape in shapes.items()}
         for depth in sorted(groups):
             for key, total in groups[depth].items():
-                means[key].add(total.mean(None), total.covered())
+                means[key].add(*total.mean(None))
         return finish(means, current)

@@ -126,7 +126,7 @@ class InclusiveFL:
                 total.add(tensor.double() - current[key].double(), mean.covered[key])
         changes = {}
         for key, total in sums.items():
-            known = total.covered()
+            change, known = total.mean(None)
             everywhere = torch.ones(total.shape, dtype=torch.bool)
-            changes[key] = (total.mean(None), everywhere if known is None else known)
+            changes[key] = (change, everywhere if known is None else known)
         return changes

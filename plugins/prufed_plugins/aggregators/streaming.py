@@ -20,11 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prufed_plugins.aggregators.coverage import Reader
+from prufed_plugins.aggregators.coverage import Reader, is_finite
 from prufed_plugins.aggregators.validation import (
     check_facts,
     in_order,
-    is_finite,
     load_part,
     open_share,
     read_mask,
@@ -172,7 +171,8 @@ def _step(optimizer: ServerOptimizer, merged: _Round, state: GlobalState) -> dic
 
 def _distance(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> float:
     """Return the Frobenius norm of the change of all tensors together."""
-    return math.hypot(*(float(torch.dist(new[key].float(), old[key].float())) for key in old))
+    changes = (new[key].float() - old[key].float() for key in old)
+    return math.hypot(*(float(torch.linalg.vector_norm(change)) for change in changes))
 
 
 def _union(updates: Sequence[Update], name: str) -> Tensor | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prufed_plugins.aggregators.coverage import as_float, select
+from prufed_plugins.aggregators.coverage import Buffers, as_float, is_finite, select
 from prufed_plugins.api import GlobalState, Part, Update
 from prufed_plugins.errors import MethodError, UpdateError
 from prufed_plugins.masks import split_factor
@@ -103,22 +103,26 @@ class Share:
     mask: Entries | None
     factor: float
 
-    def read(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+    def read(
+        self, start: int, stop: int, buffers: Buffers | None = None, *, checked: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the entries from ``start`` to before ``stop`` and their mask, both flat.
 
         Raises:
-            UpdateError: the file cannot be read, or an entry that exists is NaN or infinite.
+            UpdateError: the file cannot be read; or, if ``checked``, an entry that exists is NaN or
+                infinite.
         """
         try:
-            values = as_float(self.values.read(start, stop))
-            mask = self.mask.read(start, stop) if self.mask is not None else None
+            own, others = buffers or (None, None)
+            values = as_float(self.values.read(start, stop, own))
+            mask = self.mask.read(start, stop, others) if self.mask is not None else None
         except MethodError as error:
             raise UpdateError(self.client, error.message, error.hint) from error
-        if not is_finite(values):
+        if checked and not is_finite(values):
             # the error counts the bad entries of the whole tensor
             size = math.prod(self.values.shape)
-            whole = None if self.mask is None else self.mask.read(0, size)
-            _finite(self.client, self.name, as_float(self.values.read(0, size)), whole)
+            whole = None if self.mask is None else self.mask.read(0, size, None)
+            _finite(self.client, self.name, as_float(self.values.read(0, size, None)), whole)
             values = values if mask is None else select(values, mask)
         return values if self.factor == 1.0 else values * self.factor, mask
 
@@ -145,11 +149,6 @@ def open_share(update: Update, name: str, state: GlobalState) -> Share | None:
     if mask is not None:
         _check_mask(update.client, name, mask.shape, mask.dtype, values.shape)
     return Share(update.client, name, values, mask, _scale(update, state))
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Return whether no entry is NaN or infinite: both survive a sum, which takes one fast pass."""
-    return math.isfinite(tensor.sum()) or bool(tensor.isfinite().all())
 
 
 def _check_numbers(update: Update) -> None:
