@@ -122,8 +122,10 @@ class StreamedDecoder:
         """Return the output (B, T, H) of block ``index``, on the device that computes."""
         self._load(index)
         call: BlockCall = arguments[ARGUMENTS][index]
-        output: Any = self.blocks[index](hidden.to(self.device), *call.args, **call.kwargs)
-        self._activations.rest(hidden)
+        try:
+            output: Any = self.blocks[index](hidden.to(self.device), *call.args, **call.kwargs)
+        finally:  # what observes a block may stop it
+            self._activations.rest(hidden)
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 

@@ -9,6 +9,7 @@ from prufed_cli.models.skeleton import Skeleton
 from prufed_cli.models.stored import Spec, TensorWriter
 from prufed_cli.models.streaming import StreamedDecoder
 from prufed_cli.pruning.work import Work, WorkBlock
+from prufed_plugins.entries import count
 from prufed_plugins.errors import MethodError
 from prufed_plugins.masks import mask_metadata, pack
 
@@ -143,7 +144,7 @@ class _OpenBlock:
         self._writer.put(name, result.weight)
         self._masks[name] = pack(result.mask)
         self._facts["shapes"][name] = list(result.mask.shape)
-        self._facts["kept"][name] = int(result.mask.sum())
+        self._facts["kept"][name] = count(result.mask)
         self._facts["rows"].append({"name": name, **result.report})
 
     def commit(self) -> dict[str, Any]:

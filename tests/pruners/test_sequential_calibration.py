@@ -14,7 +14,7 @@ from prufed_cli.models.decoder import open_decoder
 from prufed_plugins.api import PrunedMatrix, PruneTarget
 from prufed_plugins.discover import build
 from prufed_plugins.errors import MethodError
-from prufed_plugins.pruners.collecting import InputCollector
+from prufed_plugins.pruners.collecting import InputCollector, observe
 from prufed_plugins.pruners.hessian import InputNorms
 from prufed_plugins.pruners.matrices import Choice, apply
 from prufed_plugins.pruners.selection import smallest
@@ -65,11 +65,12 @@ def test_the_second_block_sees_what_the_pruned_first_block_puts_out(
 def test_matrices_with_one_input_share_one_statistic(llama: Any, ids: Tensor) -> None:
     decoder = open_decoder(llama)
     ((hidden, arguments),) = decoder.embed([ids])
-    with InputCollector(decoder.linears(0), InputNorms) as collector, torch.no_grad():
+    linears = decoder.linears(0)
+    with InputCollector(linears, InputNorms, stops=False) as collector, torch.no_grad():
         for _ in range(2):
             decoder.run_block(0, hidden, arguments)
             collector.end_batch()
-    found = {name.split(".")[-1]: one.statistic for name, one in collector.observed().items()}
+    found = {name.split(".")[-1]: one for name, one in collector.observed().items()}
     assert found["q_proj"] is found["k_proj"] is found["v_proj"]
     assert found["gate_proj"] is found["up_proj"]
     assert len({id(one) for one in found.values()}) == 4
@@ -78,7 +79,25 @@ def test_matrices_with_one_input_share_one_statistic(llama: Any, ids: Tensor) ->
 
 def test_hooks_are_gone_afterwards(llama: Any, ids: Tensor) -> None:
     prune(llama, "wanda", ids)
-    assert not any(module._forward_hooks for module in llama.modules())
+    assert not any(module._forward_pre_hooks for module in llama.modules())
+
+
+def test_a_block_is_left_where_its_last_matrix_has_its_input(llama: Any, ids: Tensor) -> None:
+    """Once one batch has shown which that is; what is collected is the same."""
+    decoder = open_decoder(llama)
+    batches = [ids[:1], ids[1:2], ids[2:]]
+    runs: list[Tensor] = []
+    down = llama.model.layers[0].mlp.down_proj
+    handle = down.register_forward_hook(lambda module, inputs, output: runs.append(output))
+    found = observe(decoder, 0, set(decoder.linears(0)), InputNorms, decoder.embed(batches))
+    assert len(runs) == 1
+    advancing = observe(decoder, 0, set(found), InputNorms, decoder.embed(batches), advancing=True)
+    handle.remove()
+    assert len(runs) == 1 + len(batches)
+    assert found.keys() == advancing.keys()
+    for name, norms in found.items():
+        assert norms.tokens == ids.numel()
+        assert torch.equal(norms.second_moments(), advancing[name].second_moments())
 
 
 def test_batches_do_not_change_the_result(llama: Any, ids: Tensor) -> None:

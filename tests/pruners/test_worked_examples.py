@@ -110,6 +110,17 @@ def test_the_squared_error_is_that_of_the_outputs_on_the_calibration(target: Pru
     pruned = choice.weight.masked_fill(choice.pruned, 0.0)
     expected = output_error(weight, pruned, inputs) / 500
     assert choice.squared_error == pytest.approx(expected, rel=1e-4)
+    assert choice.energy == pytest.approx(
+        float((inputs @ weight.t()).square().sum()) / 500, rel=1e-4
+    )
+
+
+def test_the_energy_of_the_outputs_leaves_out_silent_channels_and_the_damping() -> None:
+    inputs = correlated(1500, 600)  # more columns than one panel
+    inputs[:, [3, 577]] = 0.0
+    weight = torch.randn(7, 600, generator=torch.Generator().manual_seed(3))
+    expected = float((inputs @ weight.t()).square().sum()) / 1500
+    assert factorize(hessian_of(inputs), 0.5).energy(weight) == pytest.approx(expected, rel=1e-4)
 
 
 def test_one_pruned_weight_moves_later_columns_by_the_closed_form() -> None:

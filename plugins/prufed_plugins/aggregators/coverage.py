@@ -16,7 +16,6 @@ processor's cache from one client to the next.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Protocol, runtime_checkable
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from prufed_plugins.api import Merged, Part
+from prufed_plugins.entries import is_finite
 from prufed_plugins.memory import scratch
 from prufed_plugins.tensor_files import Buffer
 
@@ -371,11 +371,6 @@ def _merged(tensors: dict[str, Tensor], covered: dict[str, Tensor | None]) -> Me
 def as_float(tensor: Tensor) -> Tensor:
     """Return the tensor as float64 if it is float64, else as float32: both lose nothing."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Return whether no entry is NaN or infinite: both survive a sum, which takes one fast pass."""
-    return math.isfinite(tensor.sum()) or bool(tensor.isfinite().all())
 
 
 def _bytes(mask: Tensor) -> np.ndarray[Any, Any]:

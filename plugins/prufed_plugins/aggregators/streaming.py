@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prufed_plugins.aggregators.coverage import Reader, is_finite
+from prufed_plugins.aggregators.coverage import Reader
 from prufed_plugins.aggregators.validation import (
     check_facts,
     in_order,
@@ -29,6 +29,7 @@ from prufed_plugins.aggregators.validation import (
     read_mask,
 )
 from prufed_plugins.api import Aggregator, GlobalState, Merged, Part, ServerOptimizer, Update
+from prufed_plugins.entries import is_finite
 from prufed_plugins.errors import MethodError, UpdateError
 from prufed_plugins.names import by_module, in_layers
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prufed_plugins.aggregators.coverage import Buffers, as_float, is_finite, select
+from prufed_plugins.aggregators.coverage import Buffers, as_float, select
 from prufed_plugins.api import GlobalState, Part, Update
+from prufed_plugins.entries import is_finite
 from prufed_plugins.errors import MethodError, UpdateError
 from prufed_plugins.masks import split_factor
 from prufed_plugins.names import in_layers

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from prufed_plugins.entries import is_finite
 from prufed_plugins.errors import MethodError
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def passages(decoder: Decoder, calibration: Sequence[Tensor] | None) -> Iterator
         for batch, (before, arguments) in enumerate(states):
             with torch.no_grad():
                 after = decoder.run_block(block, before, arguments)
-            if not bool(torch.isfinite(after).all()):
+            if not is_finite(after):
                 raise MethodError(
                     f"the outputs of block {block} are not finite",
                     "load the model with --dtype float32, or check its weights",

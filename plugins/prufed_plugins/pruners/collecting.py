@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
 import torch
 
+from prufed_plugins.entries import is_finite
 from prufed_plugins.errors import MethodError
 
 if TYPE_CHECKING:
@@ -43,19 +44,6 @@ class Statistic(Protocol):
 
 
 S = TypeVar("S", bound=Statistic)
-
-
-@dataclass(frozen=True)
-class Observed(Generic[S]):
-    """What calibration showed of one matrix W.
-
-    Attributes:
-        statistic: of its inputs x; shared by matrices that receive the same.
-        energy: mean over tokens of ‖Wx‖², measured on the outputs, bias excluded.
-    """
-
-    statistic: S
-    energy: float
 
 
 @torch.no_grad()
@@ -92,7 +80,7 @@ def observe(
     states: States,
     *,
     advancing: bool = False,
-) -> dict[str, Observed[S]]:
+) -> dict[str, S]:
     """Run a block over the calibration and return what some of its matrices received.
 
     Args:
@@ -104,7 +92,8 @@ def observe(
         advancing: replace them by the block's outputs on the way.
 
     Returns:
-        By full name; experts that no token was routed to are absent.
+        By full name, one for all matrices that receive the same; experts that no token was routed
+        to are absent.
 
     Raises:
         MethodError: inputs or outputs are not finite, or a matrix that is no expert got none.
@@ -114,9 +103,10 @@ def observe(
         if advancing:
             advance(decoder, index, states)
         return {}
-    with InputCollector(linears, new_statistic) as collector:
+    with InputCollector(linears, new_statistic, stops=not advancing) as collector:
         for position, (hidden, arguments) in enumerate(states):
-            output = decoder.run_block(index, hidden, arguments)
+            with suppress(_AllSeenError):
+                output = decoder.run_block(index, hidden, arguments)
             collector.end_batch()
             if advancing:
                 _put(decoder, index, states, position, output)
@@ -126,7 +116,7 @@ def observe(
     return observed
 
 
-def _check_observed(name: str, index: int, observed: Observed[S] | None) -> None:
+def _check_observed(name: str, index: int, observed: Statistic | None) -> None:
     if observed is None:
         if _EXPERT.search(name):
             return
@@ -134,7 +124,7 @@ def _check_observed(name: str, index: int, observed: Observed[S] | None) -> None
             f"{name} received no calibration input",
             "leave it out with --set exclude=..., or use --method magnitude",
         )
-    if not bool(torch.isfinite(observed.statistic.second_moments()).all()):
+    if not is_finite(observed.second_moments()):
         raise MethodError(
             f"the inputs of {name} in block {index} are not finite",
             "load the model with --dtype float32, or check its weights",
@@ -146,22 +136,39 @@ class InputCollector(Generic[S]):
 
     Which matrices share is seen when each is first called: q, k and v get the same tensor object.
     A batch's inputs are held until it ends so that no identity is reused within it.
+
+    The last matrix of a block has a fifth of its work in a Llama, and nothing that is collected
+    depends on its output: once a batch has shown that every matrix is called once, the next ones
+    may stop where the last has its input.
     """
 
     def __init__(
-        self, linears: Mapping[str, nn.Module], new_statistic: Callable[[int, torch.device], S]
+        self,
+        linears: Mapping[str, nn.Module],
+        new_statistic: Callable[[int, torch.device], S],
+        *,
+        stops: bool,
     ) -> None:
+        """Prepare the hooks.
+
+        Args:
+            linears: the matrices by full name.
+            new_statistic: makes an empty statistic of (columns, device).
+            stops: whether a batch may be cut short by an error, which the caller catches.
+        """
         self._linears = linears
         self._new_statistic = new_statistic
+        self._stops = stops
+        self._first = True
+        self._calls: list[str] = []
         self._leaders: dict[str, str] = {}
         self._batch: dict[int, tuple[str, Tensor]] = {}
         self._handles: list[Any] = []
         self._own: dict[str, S] = {}
-        self._energies: dict[str, Tensor] = {}
 
     def __enter__(self) -> InputCollector[S]:
         for name, module in self._linears.items():
-            self._handles.append(module.register_forward_hook(self._hook(name)))
+            self._handles.append(module.register_forward_pre_hook(self._hook(name)))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -169,22 +176,21 @@ class InputCollector(Generic[S]):
             handle.remove()
         self._batch.clear()
 
-    def observed(self) -> dict[str, Observed[S]]:
+    def observed(self) -> dict[str, S]:
         """Return what each matrix showed that received at least one token."""
-        found = {}
-        for name, leader in self._leaders.items():
-            statistic = self._own[leader]
-            if statistic.tokens:
-                energy = float(self._energies[name]) / statistic.tokens
-                found[name] = Observed(statistic, energy)
-        return found
+        found = {name: self._own[leader] for name, leader in self._leaders.items()}
+        return {name: statistic for name, statistic in found.items() if statistic.tokens}
 
     def end_batch(self) -> None:
         """Forget the inputs of the batch that just ran."""
+        if self._first:
+            self._first = False
+            self._stops &= sorted(self._calls) == sorted(self._linears)
+        self._calls.clear()
         self._batch.clear()
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             tensor = inputs[0]
             if name not in self._leaders:
                 self._leaders[name], _ = self._batch.setdefault(id(tensor), (name, tensor))
@@ -193,21 +199,15 @@ class InputCollector(Generic[S]):
                 if name not in self._own:
                     self._own[name] = self._new_statistic(flat.shape[1], flat.device)
                 self._own[name].add(flat)
-            energy = _energy(module, output)
-            self._energies[name] = (
-                self._energies[name] + energy if name in self._energies else energy
-            )
+            self._calls.append(name)
+            if self._stops and not self._first and len(self._calls) == len(self._linears):
+                raise _AllSeenError
 
         return hook
 
 
-def _energy(module: nn.Module, output: Tensor) -> Tensor:
-    """Return the sum of the squared outputs, bias excluded."""
-    product = output.detach().float()
-    bias = getattr(module, "bias", None)
-    if bias is not None:
-        product = product - bias.float()
-    return product.square().sum()
+class _AllSeenError(Exception):
+    """Every matrix has had its input of this batch."""
 
 
 def _put(decoder: Decoder, index: int, states: States, position: int, output: Tensor) -> None:
@@ -216,5 +216,5 @@ def _put(decoder: Decoder, index: int, states: States, position: int, output: Te
 
 
 def _check_finite(hidden: Tensor, message: str) -> None:
-    if not bool(torch.isfinite(hidden).all()):
+    if not is_finite(hidden):
         raise MethodError(message, "load the model with --dtype float32, or check its weights")

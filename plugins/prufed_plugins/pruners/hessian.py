@@ -114,6 +114,17 @@ class Factor:
     added: float
     retries: int
 
+    def energy(self, weight: Tensor) -> float:
+        """Return ½·tr(W·H·Wᵀ) of a weight W (rows, columns), H undamped: the mean of ‖Wx‖²."""
+        alive = weight.masked_fill(self.dead, 0.0) if bool(self.dead.any()) else weight
+        total = 0.0
+        for panel in _backwards(0, weight.shape[1], WIDE):
+            product = alive[:, panel] @ self.upper[panel, panel].triu()
+            product.addmm_(alive[:, : panel.start], self.upper[: panel.start, panel])
+            total += float(torch.linalg.vector_norm(product)) ** 2
+        damped = self.added * float(torch.linalg.vector_norm(alive)) ** 2
+        return max(total - damped, 0.0) / 2
+
 
 def factorize(hessian: Tensor, damping: float) -> Factor:
     """Factor a Hessian as R·Rᵀ with R upper, raising the damping tenfold while that fails.

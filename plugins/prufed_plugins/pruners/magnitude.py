@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from prufed_plugins.api import Decoder, Progress, PruneTarget
     from prufed_plugins.params import MagnitudeParams, Threshold
-    from prufed_plugins.pruners.collecting import Observed
     from prufed_plugins.pruners.hessian import InputNorms
 
 BINS: Final = 1 << 16
@@ -40,7 +39,7 @@ class Magnitude(ElementPruner["InputNorms"]):
     def __init__(self, params: MagnitudeParams) -> None:
         def choose_matrix(
             weight: Tensor,
-            observed: Observed[InputNorms] | None,
+            observed: InputNorms | None,
             target: PruneTarget,
             forced: Tensor | None,
         ) -> Choice:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from prufed_plugins.entries import count as count_true
 from prufed_plugins.errors import MethodError
 from prufed_plugins.masks import removed_count
 
@@ -87,7 +88,7 @@ def smallest(scores: Tensor, count: int) -> Tensor:
         return torch.zeros_like(scores, dtype=torch.bool)
     threshold = _kth_smallest(scores, count)
     chosen = scores <= threshold
-    if int(chosen.sum()) > count * scores.shape[0]:
+    if count_true(chosen) > count * scores.shape[0]:
         _drop_late_ties(chosen, scores, threshold, count)
     return chosen
 
@@ -97,7 +98,7 @@ def smallest_transposed(scores: Tensor, count: int) -> Tensor:
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     chosen = scores <= _kth_smallest(scores.reshape(1, -1), count)
-    if int(chosen.sum()) == count:
+    if count_true(chosen) == count:
         return chosen
     columns, rows = scores.shape
     return smallest(scores.t().reshape(1, -1), count).reshape(rows, columns).t()
@@ -178,7 +179,7 @@ def smallest_members(members: Tensor, count: int) -> Tensor:
         return smallest(members.t().contiguous(), count).t()
     if members.device.type == "cpu":  # elsewhere, asking for ties would wait for the device
         chosen = members <= _kth_member(members, count)
-        if int(chosen.sum()) == count * members.shape[1]:
+        if count_true(chosen) == count * members.shape[1]:
             return chosen
     return _ranks(members) < count
 

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from prufed_plugins.errors import MethodError
-from prufed_plugins.pruners.collecting import Observed, S, States, advance, embed, observe
+from prufed_plugins.pruners.collecting import S, States, advance, embed, observe
 from prufed_plugins.pruners.matrices import Choice, apply, float_matrix, keep
 from prufed_plugins.pruners.modules import selected
 from prufed_plugins.pruners.owl import outlier_ratios, owl_sparsities
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from prufed_plugins.api import Decoder, Progress, PrunedMatrix, PruneTarget
     from prufed_plugins.params import ElementParams
 
-Choose = Callable[["Tensor", Observed[S] | None, "PruneTarget", "Tensor | None"], Choice]
+Choose = Callable[["Tensor", S | None, "PruneTarget", "Tensor | None"], Choice]
 """Decides on one matrix: (float32 weight (rows, columns), what calibration showed or None, target,
 bool (rows, columns) of what must go or None)."""
 
@@ -171,7 +171,7 @@ class ElementPruner(Generic[S]):
         states: States | None,
         *,
         advancing: bool,
-    ) -> Mapping[str, Observed[S]] | None:
+    ) -> Mapping[str, S] | None:
         if states is None or self._new_statistic is None:
             return None
         return observe(decoder, index, names, self._new_statistic, states, advancing=advancing)
@@ -180,7 +180,7 @@ class ElementPruner(Generic[S]):
         self,
         name: str,
         module: nn.Module,
-        observed: Observed[S] | None,
+        observed: S | None,
         targets: Sequence[PruneTarget],
         dtype: torch.dtype,
         dense: bool,
@@ -195,7 +195,7 @@ class ElementPruner(Generic[S]):
                     choice = self._choose(matrix, observed, _target_of(name, target), forced)
             except MethodError as error:
                 raise MethodError(f"{name}: {error.message}", error.hint) from error
-            report = _report(choice, observed, target, matrix.shape[1])
+            report = _report(choice, target, matrix.shape[1])
             report["seconds"] = time.perf_counter() - started
             results.append(apply(name, module, choice, dtype, report, in_place=not dense))
             forced = choice.pruned
@@ -283,12 +283,10 @@ def _target_of(name: str, target: PruneTarget) -> PruneTarget:
     return replace(target, sparsity=target.per_matrix[name])
 
 
-def _report(
-    choice: Choice, observed: Observed[S] | None, target: PruneTarget, columns: int
-) -> dict[str, float]:
+def _report(choice: Choice, target: PruneTarget, columns: int) -> dict[str, float]:
     report = dict(choice.report)
-    if choice.squared_error is not None and observed is not None:
-        report["error"] = choice.squared_error / observed.energy if observed.energy else 0.0
+    if choice.squared_error is not None:
+        report["error"] = choice.squared_error / choice.energy if choice.energy else 0.0
     if target.pattern is not None and columns % target.pattern[1]:
         report["partial_group"] = float(columns % target.pattern[1])
     return report

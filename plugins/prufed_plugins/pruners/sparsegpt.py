@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from prufed_plugins.entries import count
 from prufed_plugins.pruners.hessian import Factor, InputHessian, inverse_of_upper
 from prufed_plugins.pruners.matrices import Choice
 from prufed_plugins.pruners.selection import (
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
     from prufed_plugins.api import PruneTarget
     from prufed_plugins.params import SparseGPTParams, Threshold
-    from prufed_plugins.pruners.collecting import Observed
 
 PANEL: Final = 512
 """Columns that take the errors of all earlier ones by one product, large enough for full speed."""
@@ -57,14 +57,14 @@ class SparseGPT(ElementPruner[InputHessian]):
     def __init__(self, params: SparseGPTParams) -> None:
         def choose_matrix(
             weight: Tensor,
-            observed: Observed[InputHessian] | None,
+            observed: InputHessian | None,
             target: PruneTarget,
             forced: Tensor | None,
         ) -> Choice:
             assert observed is not None
             return choose(
                 weight,
-                observed.statistic.factor,
+                observed.factor,
                 target,
                 params.block_size,
                 threshold=params.threshold,
@@ -149,10 +149,10 @@ def choose(
         report["damping_retries"] = float(factor.retries)
     if wiped:
         pruned |= factor.dead[:, None]
-    if not bool(pruned.any()):
+    if not count(pruned):
         return Choice(pruned.t(), squared_error=0.0, report=report)
     squared_error = max(float(costs[~factor.dead].sum()) / 2, 0.0)
-    return Choice(pruned.t(), values.t(), squared_error, report)
+    return Choice(pruned.t(), values.t(), squared_error, factor.energy(weight), report)
 
 
 def _sweep(values: Tensor, factor: Factor, rule: _Rule, width: int) -> tuple[Tensor, Tensor]:
@@ -211,7 +211,7 @@ def _prune_block(current: Tensor, inverse: Tensor, rule: _Rule) -> tuple[Tensor,
         The errors (w − w')/U_jj and the pruned entries, both (block, rows).
     """
     diagonal = inverse.diagonal()[:, None]
-    errors = torch.zeros_like(current)
+    errors = torch.empty_like(current)
     pattern = rule.target.pattern
     if pattern is None:
         group = GATHERED
@@ -265,7 +265,8 @@ def _gather(current: Tensor, errors: Tensor, inverse: Tensor, done: range, part:
 
 def _prune_columns(current: Tensor, inverse: Tensor, pruned: Tensor, errors: Tensor) -> None:
     """Prune a few columns one by one, in place, filling in their errors."""
-    columns, gone, targets = current.unbind(), pruned.to(current.dtype).unbind(), errors.unbind()
+    flags = pruned.view(torch.uint8)  # converted several times as fast as bool
+    columns, gone, targets = current.unbind(), flags.to(current.dtype).unbind(), errors.unbind()
     diagonal = inverse.diagonal().tolist()
     for index, (column, goes, error) in enumerate(zip(columns, gone, targets, strict=True)):
         if index:

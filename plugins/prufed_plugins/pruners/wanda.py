@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from prufed_plugins.entries import clear
 from prufed_plugins.pruners.hessian import InputNorms
 from prufed_plugins.pruners.matrices import Choice
 from prufed_plugins.pruners.selection import pruned_count, smallest, smallest_of_groups
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
     from prufed_plugins.api import PruneTarget
     from prufed_plugins.params import Threshold, WandaParams
-    from prufed_plugins.pruners.collecting import Observed
 
 
 class Wanda(ElementPruner[InputNorms]):
@@ -30,13 +30,13 @@ class Wanda(ElementPruner[InputNorms]):
     def __init__(self, params: WandaParams) -> None:
         def choose_matrix(
             weight: Tensor,
-            observed: Observed[InputNorms] | None,
+            observed: InputNorms | None,
             target: PruneTarget,
             forced: Tensor | None,
         ) -> Choice:
             # what a smaller sparsity removes, a larger one does too: nothing has to be forced
             assert observed is not None
-            return choose(weight, observed.statistic, target, params.threshold)
+            return choose(weight, observed, target, params.threshold)
 
         super().__init__(params, choose_matrix, InputNorms)
 
@@ -66,7 +66,8 @@ def choose(
         pruned = smallest(scores, pruned_count(target.sparsity or 0.0, columns))
     energies = scores.square_()
     total = float(energies.sum())
-    lost = float(energies.mul_(pruned).sum())
+    clear(energies, pruned)
+    lost = float(energies.sum())
     return Choice(
         pruned,
         report={
