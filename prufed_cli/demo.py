@@ -19,7 +19,7 @@ from prufed_cli.progress import SILENT, Reporter
 if TYPE_CHECKING:
     from prufed_cli.config import FederationConfig
     from prufed_cli.evaluation import Metric, Scores
-    from prufed_cli.federation.rounds import Federation
+    from prufed_cli.federation.state import Federation
     from prufed_registry import Artifact, Registry
 
 TIERS: Final = (0.0, 0.25, 0.5, 0.75)
@@ -166,8 +166,10 @@ def run_demo(
 
 def _without_evaluation(federation: Federation) -> Artifact:
     """Run the rounds; the demo evaluates at its own points, not after each round."""
+    from prufed_cli.federation.rounds import run_rounds
+
     federation.evaluates = False
-    return federation.rounds()
+    return run_rounds(federation)
 
 
 def _score_bases(federation: Federation) -> dict[str, Scores]:

@@ -16,7 +16,7 @@ from prufed_plugins.errors import MethodError
 
 if TYPE_CHECKING:
     from prufed_cli.config import FederationConfig
-    from prufed_cli.federation.rounds import Federation
+    from prufed_cli.federation.state import Federation
     from prufed_registry import Artifact, Registry
 
 
@@ -189,7 +189,7 @@ def prepare(run: journal.Run, plan: Plan, registry: Registry, reporter: Reporter
     Raises:
         PrufedError: the device, the models or the tasks do not allow the run.
     """
-    from prufed_cli.federation.rounds import make_federation
+    from prufed_cli.federation.making import make_federation
     from prufed_cli.models.base import choose_device, find_base
 
     choose_device(plan.config.device)
@@ -210,7 +210,9 @@ def prepare(run: journal.Run, plan: Plan, registry: Registry, reporter: Reporter
 
 
 def _finish(federation: Federation) -> FederateResult:
-    return FederateResult(federation.run, federation.rounds())
+    from prufed_cli.federation.rounds import run_rounds
+
+    return FederateResult(federation.run, run_rounds(federation))
 
 
 def _submodels(

@@ -1,0 +1,92 @@
+"""Put a federation together from its plan and its models, at its start."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from prufed_cli.federation.clients import make_client, make_spec
+from prufed_cli.federation.local import LocalEngine
+from prufed_cli.federation.scoring import Scoring
+from prufed_cli.federation.state import Federation
+from prufed_cli.models.adapters import init_global, target_layers, target_shapes
+from prufed_plugins.api import GlobalState
+from prufed_plugins.discover import build
+
+if TYPE_CHECKING:
+    from prufed_cli.federation.journal import Run
+    from prufed_cli.federation.plan import Plan
+    from prufed_cli.progress import Reporter
+    from prufed_registry import Artifact, Registry
+
+
+def make_federation(
+    run: Run,
+    plan: Plan,
+    registry: Registry,
+    full: Artifact,
+    bases: Mapping[str, Artifact],
+    reporter: Reporter,
+) -> Federation:
+    """Return a federation at its start.
+
+    Args:
+        run: its journal.
+        plan: what to do.
+        registry: where artifacts go.
+        full: the full model.
+        bases: every client's sub-model by client name.
+        reporter: is told how far the run is.
+
+    Raises:
+        PrufedError: a sub-model or an adapter does not belong to the full model.
+        MethodError: a method cannot be made, for want of what it requires.
+    """
+    config = plan.config
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(full.path, local_files_only=True)
+        )
+    layers = int(skeleton.config.get_text_config().num_hidden_layers)
+    spec = make_spec(config.adapter, config.seed, sparsity=0.0, depth_pruned=False)
+    shapes = target_shapes(skeleton, spec.target_modules)
+    transposed = any(
+        isinstance(layer, Conv1D) for layer in target_layers(skeleton, spec.target_modules).values()
+    )
+    state = GlobalState(
+        tensors=init_global(shapes, spec, config.seed),
+        rank=spec.r,
+        scaling=spec.scaling,
+        layers=layers,
+    )
+    clients = {
+        client.name: make_client(client, bases[client.name], full, layers, config.seed, registry)
+        for client in plan.clients
+    }
+    engine = LocalEngine(config.device, config.dtype, reporter)
+    scoring = Scoring(config.evaluate, engine, reporter)
+    if config.evaluate.tasks:
+        scoring.find()  # an unknown task must not be found out after hours of tuning
+    optimizer = config.server_optimizer
+    return Federation(
+        run=run,
+        plan=plan,
+        registry=registry,
+        full=full,
+        clients=clients,
+        spec=spec,
+        state=state,
+        engine=engine,
+        scoring=scoring,
+        reporter=reporter,
+        transposed=transposed,
+        sampler=build("sampler", config.sampler.name, config.sampler.settings),
+        aggregator=build("aggregator", config.aggregator.name, config.aggregator.settings),
+        optimizer=None
+        if optimizer is None
+        else build("optimizer", optimizer.name, optimizer.settings),
+    )

@@ -1,0 +1,83 @@
+"""What a run's methods cannot do to one another's results: refused before anybody trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from prufed_cli.errors import USAGE, PrufedError
+from prufed_cli.federation.local import make_tuner
+from prufed_cli.federation.resting import resting_factors
+
+if TYPE_CHECKING:
+    from prufed_cli.federation.state import Federation
+
+
+def refuse_other_starts(federation: Federation) -> None:
+    """Refuse what needs every client to start from the global adapter's first ranks.
+
+    Raises:
+        PrufedError: the aggregator lets clients start elsewhere.
+    """
+    config, window = federation.plan.config, federation.window
+    if window is not None and config.write_back.share > 0:
+        raise PrufedError(
+            f"{config.aggregator.name} gives clients other ranks each round, of which "
+            f"write_back.share {config.write_back.share:g} has no own values to keep",
+            "set write_back.share to 0",
+            USAGE,
+        )
+    if (window is not None or federation.personal) and config.screen.clip is not None:
+        raise PrufedError(
+            "screen.clip measures changes from the global adapter, and "
+            f"{config.aggregator.name} lets clients start elsewhere",
+            "leave out screen.clip, or choose another aggregator",
+            USAGE,
+        )
+
+
+def refuse_other_bases(federation: Federation) -> None:
+    """Refuse what cannot be done to factors that come back in another basis.
+
+    Raises:
+        PrufedError: the aggregator makes new factors, and something needs the old ones.
+    """
+    if not getattr(federation.aggregator, "new_factors", False):
+        return
+    config = federation.plan.config
+    name = config.aggregator.name
+    if config.server_optimizer is not None:
+        raise PrufedError(
+            f"{name} makes new factors in every round, and server_optimizer "
+            f"{config.server_optimizer.name} cannot step from the old to them",
+            "leave out server_optimizer, or choose another aggregator",
+            USAGE,
+        )
+    for client in federation.clients.values():
+        resting = resting_factors([make_tuner(client)], 0)
+        if resting:
+            raise PrufedError(
+                f"{name} makes new factors in every round, and tuner "
+                f"{client.plan.tuner.name} of client {client.name} leaves "
+                f"{', '.join(sorted(resting))} as it was",
+                "choose the tuner lora, or an aggregator of factors such as fedit",
+                USAGE,
+            )
+
+
+def warn_of_two_steps(federation: Federation, sampled: Sequence[Sequence[str]]) -> None:
+    """Say where the aggregator shortens the step before the server optimizer takes its own.
+
+    Args:
+        federation: the run.
+        sampled: the clients of every round; where one is alone, heteagg's ``auto`` shortens it.
+    """
+    aggregator = federation.plan.config.aggregator
+    joins = aggregator.settings.get("include_global", "auto")
+    if joins == "auto":
+        joins = any(len(names) == 1 for names in sampled)
+    if federation.optimizer is not None and aggregator.name == "heteagg" and joins:
+        federation.reporter.warn(
+            "heteagg lets the global adapter join the mean, which shortens the step before "
+            "the server optimizer takes it; aggregator.include_global=false leaves it alone"
+        )

@@ -1,0 +1,66 @@
+"""Where every client stands between rounds: its adapter and its masks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from prufed_cli.federation.artifacts import read_masks, read_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prufed_cli.federation.clients import Client
+    from prufed_cli.federation.state import Federation
+
+
+def start_of(
+    federation: Federation, index: int, client: Client, masks: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return where the client's adapter stands before round ``index``, by global name.
+
+    With ``write_back.share`` 0 that follows from the global adapter alone. Otherwise every
+    round since the client last trained has mixed the global adapter in once more. Of a factor
+    that the aggregator leaves to the clients, a client that has never trained has the first.
+    """
+    state, personal = federation.state, federation.personal
+    if federation.window is not None:
+        window = federation.window(index, client.spec.r, state.rank)
+        return client.start(state, masks, None, 0.0, window=window)
+    share = federation.plan.config.write_back.share
+    event = next(
+        (
+            event
+            for event in reversed(federation.run.select("client", client=client.name))
+            if event["round"] < index
+        ),
+        None,
+    )
+    if event is None and personal:
+        own = client.start(federation.first, masks, None, 0.0)
+        return client.start(state, masks, own, 0.0, personal)
+    if event is None or (share == 0 and not personal):
+        return client.start(state, masks, None, 0.0)
+    own = client.globally(read_tensors(federation.stored(event)))
+    for earlier in range(event["round"], index):
+        merged = federation.run.find("merged", round=earlier)
+        between = federation.state_after(merged) if merged is not None else state
+        own = client.start(between, masks, own, share, personal)
+    return own
+
+
+def masks_of(federation: Federation, client: Client) -> dict[str, Tensor]:
+    """Return the masks of a client's factors by global name; the same in every round.
+
+    ``magnitude`` has none until the client has trained once; then they are frozen.
+    """
+    if client.name not in federation.masks:
+        if client.spec.factor_mask == "magnitude":
+            event = federation.run.find("client", client=client.name)
+            if event is None:
+                return {}
+            found = client.globally(read_masks(federation.stored(event)))
+        else:
+            found = client.masks(federation.state.tensors)
+        federation.masks[client.name] = found
+    return federation.masks[client.name]

@@ -1,0 +1,110 @@
+"""Everything a run works with, and what of it stands in the journal and the registry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from prufed_cli.errors import INTEGRITY, PrufedError
+from prufed_cli.federation.artifacts import read_tensors
+from prufed_plugins.api import GlobalState
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prufed_cli.federation.clients import Client
+    from prufed_cli.federation.journal import Event, Run
+    from prufed_cli.federation.local import LocalEngine
+    from prufed_cli.federation.plan import Plan
+    from prufed_cli.federation.scoring import Scoring
+    from prufed_cli.models.adapters import AdapterSpec
+    from prufed_cli.progress import Reporter
+    from prufed_plugins.api import Aggregator, Sampler, ServerOptimizer
+    from prufed_registry import Artifact, Registry
+
+
+@dataclass
+class Federation:
+    """Everything a run works with.
+
+    Attributes:
+        run: the journal.
+        plan: what to do.
+        registry: where artifacts go.
+        full: the full model.
+        clients: by name, in the order of the configuration.
+        spec: the global adapter.
+        state: the global adapter's tensors after the last merged round.
+        engine: trains clients.
+        scoring: measures models between rounds.
+        reporter: is told how far the run is.
+        transposed: whether the target layers keep their weights as (k, d).
+        sampler: decides who trains in a round.
+        aggregator: merges the clients' adapters.
+        optimizer: takes the step from one global adapter to the next; None takes the merged one.
+        evaluates: whether rounds are evaluated as the configuration says.
+        newest: the last global adapter that was published.
+        masks: of every client's factors, by client and global name.
+        first: the global adapter before the first round.
+    """
+
+    run: Run
+    plan: Plan
+    registry: Registry
+    full: Artifact
+    clients: dict[str, Client]
+    spec: AdapterSpec
+    state: GlobalState
+    engine: LocalEngine
+    scoring: Scoring
+    reporter: Reporter
+    transposed: bool
+    sampler: Sampler
+    aggregator: Aggregator
+    optimizer: ServerOptimizer | None = None
+    evaluates: bool = True
+    newest: Artifact | None = None
+    masks: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    first: GlobalState = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.first = self.state
+
+    @property
+    def personal(self) -> frozenset[str]:
+        """The factors, of A and B, that the aggregator leaves to each client."""
+        return frozenset(getattr(self.aggregator, "personal", ()))
+
+    @property
+    def window(self) -> Callable[[int, int, int], Sequence[int]] | None:
+        """The ranks a client has in a round, by (round, its rank, global rank); None: the first."""
+        found: Callable[[int, int, int], Sequence[int]] | None
+        found = getattr(self.aggregator, "window", None)
+        return found
+
+    def stored(self, event: Event) -> Artifact:
+        """Return the artifact that an event names.
+
+        Raises:
+            PrufedError: another artifact has its reference now.
+        """
+        artifact = self.registry.resolve(event["ref"])
+        if artifact.digest != event["digest"]:
+            raise PrufedError(
+                f"{event['ref']} is not what run {self.run.id} published",
+                f"`prufed verify {event['ref']}` checks it",
+                INTEGRITY,
+            )
+        return artifact
+
+    def state_after(self, merged: Event) -> GlobalState:
+        """Return the global adapter that a ``merged`` event names."""
+        tensors = read_tensors(self.stored(merged))
+        ordered = {name: tensors[name] for name in self.state.tensors}
+        return GlobalState(ordered, self.state.rank, self.state.scaling, self.state.layers)
+
+    def adopt(self, merged: Event) -> None:
+        """Take over a round that the journal says is merged."""
+        self.newest = self.stored(merged)
+        self.state = self.state_after(merged)
