@@ -1,46 +1,14 @@
-"""What plugins there are, what their methods accept, and whether they keep their contracts."""
+"""What plugins there are, and what their methods accept."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import Any
 
 from prufed_cli.errors import NOT_FOUND, PrufedError
 from prufed_cli.progress import Reporter
-from prufed_plugins.discover import (
-    Catalog,
-    Entry,
-    catalog,
-    check_settings,
-    construct,
-    missing_requirements,
-)
-from prufed_plugins.errors import MethodError
+from prufed_plugins.discover import Catalog, Entry, catalog, missing_requirements
 from prufed_plugins.settings import Parameter, parameters
-
-if TYPE_CHECKING:
-    from prufed_plugins.testing.checks import Check
-
-
-@dataclass(frozen=True)
-class CheckedMethod:
-    """The outcome of one method's conformance kit.
-
-    Attributes:
-        entry: the method.
-        checks: one outcome per check; empty where ``skipped`` says why none ran.
-        skipped: why the kit did not run; None where it did.
-    """
-
-    entry: Entry
-    checks: tuple[Check, ...]
-    skipped: str | None = None
-
-    @property
-    def passed(self) -> bool:
-        """Whether no check failed."""
-        return all(check.passed for check in self.checks)
 
 
 def warn_failures(reporter: Reporter, found: Catalog | None = None) -> None:
@@ -94,41 +62,6 @@ def find_methods(name: str, found: Catalog | None = None) -> list[Entry]:
     if not entries:
         raise PrufedError(f"no method is called {name!r}", _near(name, found), NOT_FOUND)
     return entries
-
-
-def check_methods(
-    entries: Sequence[Entry], settings: Mapping[str, Any], reporter: Reporter
-) -> list[CheckedMethod]:
-    """Run the conformance kit of each method's kind.
-
-    Args:
-        entries: the methods.
-        settings: what every one of them is constructed with.
-        reporter: told about finished methods.
-    """
-    checked = []
-    with reporter.task("checking methods", total=len(entries)) as task:
-        for entry in entries:
-            checked.append(_check(entry, settings))
-            task.advance()
-    return checked
-
-
-def _check(entry: Entry, settings: Mapping[str, Any]) -> CheckedMethod:
-    from prufed_plugins import testing
-
-    if entry.kind not in testing.KITS:
-        return CheckedMethod(entry, (), f"there is no kit for a {entry.kind}")
-    problems = check_settings(entry.method.params, {})
-    if problems and not settings:
-        return CheckedMethod(entry, (), f"needs --set: {problems[0]}")
-    try:
-        construct(entry, settings)
-    except MethodError as error:
-        constructed = testing.Check("is_constructed", "It can be constructed", error.message)
-        return CheckedMethod(entry, (constructed,))
-    kit = getattr(testing, testing.KITS[entry.kind])
-    return CheckedMethod(entry, kit(lambda: construct(entry, settings)).checks)
 
 
 def _summary(entry: Entry) -> dict[str, Any]:

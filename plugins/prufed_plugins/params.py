@@ -232,6 +232,8 @@ class ContributionParams(LayerDropParams):
 class ExplicitParams(Params):
     """Parameters of the pruner ``explicit``: one of the two lists."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"layers": [0, 2]}]})
+
     layers: tuple[int, ...] | None = Field(
         default=None, description="layers to keep, counted from 0: [0, 1, 4]"
     )
@@ -312,7 +314,9 @@ class HeteAggParams(Params):
     beta: float = Field(
         default=0.0, ge=0, le=4, description="clients weigh n^beta: 1 by samples, 0 all alike"
     )
-    min_count: int = Field(default=1, ge=1, description="clients an entry needs to move")
+    min_count: int = Field(
+        default=1, ge=1, examples=[2], description="clients an entry needs to move"
+    )
     compat: Literal["lego-alg2"] | None = Field(
         default=None, description="lego-alg2: the paper's letter, fallback zero and mask nonzero"
     )

@@ -235,6 +235,12 @@ def parameters(model: type[BaseModel]) -> list[Parameter]:
     ]
 
 
+def example(model: type[BaseModel]) -> Mapping[str, Any]:
+    """Return the first of the ``examples`` in a model's JSON schema; empty where it has none."""
+    found = _schema(model).get("examples", [])
+    return next((one for one in found if isinstance(one, Mapping)), {})
+
+
 def _schema(model: type[BaseModel]) -> dict[str, Any]:
     from pydantic.errors import PydanticInvalidForJsonSchema
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from prufed_cli.commands.options import Json, Quiet, Settings
 
 if TYPE_CHECKING:
-    from prufed_cli.plugins_report import CheckedMethod
+    from collections.abc import Sequence
+
+    from prufed_cli.plugin_checks import CheckedMethod
     from prufed_plugins.discover import Catalog, Entry
+    from prufed_plugins.testing.checks import Check
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -52,33 +55,48 @@ def show(
 @app.command()
 def check(
     names: Annotated[list[str] | None, typer.Argument(help="Methods to check.")] = None,
-    every: Annotated[bool, typer.Option("--all", help="Check every method.")] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="Check every method, those of other packages included.")
+    ] = False,
     settings: Settings = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run the conformance kit of a method's kind; exit 1 if a check fails."""
+    """Run the conformance kit of a method's kind; exit 1 if a check fails.
+
+    One method is shown check by check, several as a table of methods and contracts. A contract that
+    a method gives up by design is shown with the reason, and is no failure.
+    """
     from prufed_cli.errors import FAILED, USAGE, PrufedError
     from prufed_cli.output import emit_json, reporter
-    from prufed_cli.plugins_report import check_methods, find_methods
+    from prufed_cli.plugin_checks import check_methods
+    from prufed_cli.plugins_report import find_methods, warn_failures
     from prufed_plugins.discover import catalog, parse_settings
 
     if bool(names) == every:
         raise PrufedError("give methods to check, or --all", "prufed plugins check --all", USAGE)
     if every and settings:
-        raise PrufedError("--set is for one kind of method, not for --all", exit_code=USAGE)
+        raise PrufedError(
+            "--set is for one kind of method, not for --all",
+            "name the methods: prufed plugins check NAME --set key=value",
+            USAGE,
+        )
+    found = catalog()
     entries = (
-        list(catalog().entries.values())
+        list(found.entries.values())
         if every
-        else [entry for name in names or () for entry in find_methods(name)]
+        else list(dict.fromkeys(entry for name in names or () for entry in find_methods(name)))
     )
     telling = reporter(quiet=quiet or as_json)
+    warn_failures(telling, found)
     checked = check_methods(entries, parse_settings(settings or []), telling)
-    passed = all(method.passed for method in checked)
+    left_out = [str(failure) for failure in found.failures if failure.skipped and every]
+    passed = all(method.passed for method in checked) and not left_out
     if as_json:
-        emit_json({"passed": passed, "methods": [_outcome(method) for method in checked]})
+        methods = [_outcome(method) for method in checked]
+        emit_json({"passed": passed, "methods": methods, "left_out": left_out})
     else:
-        _print_outcomes(checked)
+        _print_outcomes(checked, left_out)
     if not passed:
         raise typer.Exit(FAILED)
 
@@ -127,35 +145,87 @@ def _print_method(entry: Entry) -> None:
     )
 
 
-def _print_outcomes(checked: list[CheckedMethod]) -> None:
+_SHOWN: Final = {"passed": "pass", "broken by design": "design", "failed": "FAIL"}
+
+
+def _print_outcomes(checked: Sequence[CheckedMethod], left_out: Sequence[str]) -> None:
+    """Print one method check by check, several as a table per kind with the reasons below."""
+    from prufed_cli.output import print_line
+
+    if len(checked) == 1:
+        _print_checks(checked[0])
+    for kind in dict.fromkeys(m.entry.kind for m in checked if len(checked) > 1 and m.checks):
+        _print_matrix(kind, [m for m in checked if m.entry.kind == kind and m.checks])
+    for method in checked:
+        if method.skipped is not None:
+            print_line(f"{method.label} is not checked: {method.skipped}")
+    for failure in left_out:
+        print_line(f"FAIL  {failure}")
+    verdicts = [check.verdict for method in checked for check in method.checks]
+    summary = f"{verdicts.count('passed')} of {len(verdicts)} checks passed"
+    for verdict in ("broken by design", "failed"):
+        if verdicts.count(verdict):
+            summary += f", {verdicts.count(verdict)} {verdict}"
+    print_line(summary)
+
+
+def _print_checks(method: CheckedMethod) -> None:
+    from prufed_cli.output import table
+
+    rows = [
+        [method.label, check.name, _SHOWN[check.verdict], _reason(check) or check.statement]
+        for check in method.checks
+    ]
+    if rows:
+        table(["method", "check", "result", "what must hold, or why it does not"], rows)
+
+
+def _print_matrix(kind: str, methods: Sequence[CheckedMethod]) -> None:
+    """Print methods by contracts, what the contracts say, and every reason."""
     from prufed_cli.output import print_line, table
 
-    rows: list[list[str]] = []
-    for method in checked:
-        title = f"{method.entry.kind} {method.entry.name}"
-        if method.skipped is not None:
-            rows.append([title, "", "skipped", method.skipped])
-        for check in method.checks:
-            verdict = "pass" if check.failure is None else "FAIL"
-            rows.append([title, check.name, verdict, check.failure or check.statement])
-    table(["method", "check", "result", "what must hold, or why it does not"], rows)
-    failed = sum(not check.passed for method in checked for check in method.checks)
-    total = sum(len(method.checks) for method in checked)
-    print_line(f"{total - failed} of {total} checks passed")
+    statements = {c.contract: c.statement for method in methods for c in method.checks}
+    headings = {
+        contract: contract if contract.startswith("C") else str(number)
+        for number, contract in enumerate(statements, start=1)
+    }
+    rows = []
+    for method in methods:
+        verdicts = {check.contract: _SHOWN[check.verdict] for check in method.checks}
+        rows.append([method.entry.name, *(verdicts.get(name, "") for name in statements)])
+    table([kind, *headings.values()], rows)
+    for contract, statement in statements.items():
+        print_line(f"{headings[contract]:>4}  {statement}")
+    print_line("")
+    for verdict in ("broken by design", "failed"):
+        for method in methods:
+            for check in method.checks:
+                if check.verdict == verdict:
+                    where = f"{method.label}, {headings[check.contract]}"
+                    print_line(f"{_SHOWN[verdict]}  {where}: {_reason(check)}")
+
+
+def _reason(check: Check) -> str | None:
+    return check.failure or check.excuse
 
 
 def _outcome(method: CheckedMethod) -> dict[str, Any]:
     return {
         "kind": method.entry.kind,
         "name": method.entry.name,
+        "distribution": method.entry.distribution,
+        "settings": dict(method.settings),
         "passed": method.passed,
         "skipped": method.skipped,
         "checks": [
             {
                 "name": check.name,
+                "contract": check.contract,
                 "statement": check.statement,
+                "verdict": check.verdict,
                 "passed": check.passed,
                 "failure": check.failure,
+                "by_design": check.excuse,
             }
             for check in method.checks
         ],

@@ -185,6 +185,32 @@ def test_every_check_can_fail() -> None:
         assert names == set().union(*broken.values())
 
 
+def test_what_a_method_gives_up_is_named_with_its_reason_and_nothing_else_is_excused() -> None:
+    class Open(Nobody):
+        breaks = {"samples_somebody": "it is a sampler of nobody"}  # noqa: RUF012
+
+    [given_up] = [check for check in check_sampler(Open).checks if check.verdict != "passed"]
+    assert (given_up.contract, given_up.verdict) == ("samples_somebody", "broken by design")
+    assert given_up.excuse == "it is a sampler of nobody"
+    assert check_sampler(Open).passed
+
+    class Misspelt(Nobody):
+        breaks = {"samples_anybody": "it is a sampler of nobody"}  # noqa: RUF012
+
+    assert failures(check_sampler(Misspelt)) == {"samples_somebody", "declares_known_contracts"}
+
+
+def test_a_crash_is_never_by_design() -> None:
+    class Crash(Sampler):
+        breaks = {"samples_known_clients": "it has its own view"}  # noqa: RUF012
+
+        def sample(self, *arguments: Any) -> Any:
+            raise TypeError("a bug")
+
+    [check] = [c for c in check_sampler(Crash).checks if c.contract == "samples_known_clients"]
+    assert (check.verdict, check.failure) == ("failed", "TypeError: a bug")
+
+
 def test_require_names_every_broken_clause() -> None:
     with pytest.raises(AssertionError, match="samples_somebody: Somebody trains"):
         check_sampler(Nobody).require()

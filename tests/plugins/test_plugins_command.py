@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 import pytest
 
 from prufed_cli.main import main
 from prufed_plugins.discover import catalog
+
+DOCS: Final = Path(__file__).resolve().parents[2] / "docs"
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -74,8 +77,56 @@ def test_check_prints_every_check(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "check", "uniform", "iid", "--quiet")
     assert code == 0
     assert "16 of 16 checks passed" in out
-    rows = [line.split() for line in out.splitlines()]
-    assert sum("pass" in row[3:4] for row in rows) == 16
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if "pass" in line}
+    assert rows["uniform"] == rows["iid"] == ["pass"] * 8
+
+
+def test_check_of_one_method_prints_what_must_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "check", "uniform", "--quiet")
+    assert code == 0
+    rows = [line.split() for line in out.splitlines() if line.startswith(" sampler uniform")]
+    assert [row[3] for row in rows] == ["pass"] * 8
+    assert "Somebody trains in at least one of many rounds" in out
+
+
+def test_check_says_what_is_broken_by_design_and_why(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "check", "fedavg", "heteagg-layer", "--quiet")
+    assert code == 0
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if "pass" in line}
+    assert rows["fedavg"] == ["design", *["pass"] * 3, "design", *["pass"] * 10]
+    assert rows["heteagg-layer"] == ["pass"] * 15
+    assert "design  aggregator fedavg, C1: absent entries are averaged as zeros" in out
+    assert "28 of 30 checks passed, 2 broken by design" in out
+
+
+@pytest.mark.slow
+def test_every_method_keeps_its_contracts_or_says_why_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, out, _ = run(capsys, "check", "--all", "--json")
+    found = json.loads(out)
+    failed = [
+        (method["name"], check["name"], check["failure"])
+        for method in found["methods"]
+        for check in method["checks"]
+        if check["verdict"] == "failed"
+    ]
+    assert (code, found["passed"], failed, found["left_out"]) == (0, True, [], [])
+    assert [(one["kind"], one["name"]) for one in found["methods"]] == list(catalog().entries)
+    assert {one["name"] for one in found["methods"] if one["skipped"]} == set()
+    [explicit] = [one for one in found["methods"] if one["name"] == "explicit"]
+    assert explicit["settings"] == {"layers": [0, 2]}
+    page = (DOCS / "reference" / "contracts.md").read_text()
+    for method in found["methods"]:
+        for check in method["checks"]:
+            if check["verdict"] == "broken by design":
+                row = f"| `{method['name']}` |  | "
+                assert any(
+                    line.startswith(row)
+                    and line.endswith(f" | {check['by_design']} |")
+                    and check["contract"] in line.removeprefix(row).partition(" |")[0].split(", ")
+                    for line in page.splitlines()
+                ), (method["name"], check["contract"])
 
 
 def test_check_takes_settings(capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,13 +160,13 @@ def test_wrong_settings_fail_the_check_before_it_runs(capsys: pytest.CaptureFixt
     assert check["failure"] == "sampler uniform: fraction: must be > 0, <= 1, not 2"
 
 
-def test_a_method_without_defaults_is_skipped_until_it_is_told(
+def test_a_method_without_defaults_is_checked_with_its_example_until_it_is_told(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    code, out, _ = run(capsys, "check", "explicit", "--quiet")
+    code, out, _ = run(capsys, "check", "explicit", "--json")
     assert code == 0
-    assert "skipped   needs --set: give one list, layers=[0,1,5]" in out
-    assert "0 of 0 checks passed" in out
+    assert json.loads(out)["methods"][0]["settings"] == {"layers": [0, 2]}
     code, out, _ = run(capsys, "check", "explicit", "--set", "layers=[0, 2, 5]", "--json")
     assert code == 0
+    assert json.loads(out)["methods"][0]["settings"] == {"layers": [0, 2, 5]}
     assert json.loads(out)["methods"][0]["checks"]

@@ -482,6 +482,26 @@ def test_a_method_that_cannot_be_made_fails_its_check(python: Path) -> None:
     assert not method["passed"]
 
 
+def test_checking_everything_counts_what_could_not_be_loaded(python: Path) -> None:
+    result = prufed(python, "plugins", "check", "--all", "--json")
+    assert result.returncode == 1
+    found = json.loads(result.stdout)
+    assert len(found["left_out"]) == len(BROKEN)
+    verdicts = {
+        method["name"]: method["skipped"] or method["passed"]
+        for method in found["methods"]
+        if method["distribution"] != "prufed"
+    }
+    assert verdicts == {
+        "random-mask": True,
+        "plain-mean": True,
+        "prufed-taken-name:uniform": True,
+        "noisy": True,
+        "needy": "needs prufed-absent-one, prufed-absent-two, not installed",
+        "lost": False,
+    }
+
+
 def test_help_does_not_load_plugins(python: Path) -> None:
     result = prufed(python, "--help")
     assert result.returncode == 0
