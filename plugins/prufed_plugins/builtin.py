@@ -227,7 +227,7 @@ def _robust() -> Iterator[Method]:
     yield Method(
         name="median",
         target="prufed_plugins.aggregators.median:Median",
-        params=params.NoParams,
+        params=params.MedianParams,
         summary="every entry is the median over the clients that have it",
         paper=yin,
     )

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from prufed_plugins.weighting import Weighting, by_samples
+
 
 class Params(BaseModel):
     """The base of every built-in method's parameters: immutable, and strict about names."""
@@ -355,6 +357,13 @@ class HetLoraParams(Params):
         description="a rank that a client lacks counts as zero, or its mean leaves the client out",
     )
 
+    @property
+    def weighting(self) -> Weighting:
+        """Return the norm of the update as the weight, or the samples."""
+        if self.weights == "samples":
+            return by_samples(1)
+        return Weighting("by the norm of the update, w = weight · ‖B A‖")
+
 
 class FlexLoraParams(Params):
     """Parameters of the aggregators ``flexlora`` and ``raflora``."""
@@ -375,12 +384,26 @@ class FloraParams(Params):
     )
 
 
+class MedianParams(NoParams):
+    """Parameters of the aggregator ``median``."""
+
+    @property
+    def weighting(self) -> Weighting:
+        """Return that nothing weighs: what clients say of themselves may be false."""
+        return Weighting("all clients alike, whatever their weight", extra=False)
+
+
 class TrimmedMeanParams(Params):
     """Parameters of the aggregator ``trimmed-mean``."""
 
     trim: float = Field(
         default=0.2, ge=0, lt=0.5, description="share of an entry's clients cut at either end"
     )
+
+    @property
+    def weighting(self) -> Weighting:
+        """Return that nothing weighs: what clients say of themselves may be false."""
+        return Weighting("all clients alike, whatever their weight", extra=False)
 
 
 class KrumParams(Params):
@@ -390,6 +413,11 @@ class KrumParams(Params):
         default=1, ge=0, description="f, bad clients to withstand; a round needs 2 f + 3 clients"
     )
 
+    @property
+    def weighting(self) -> Weighting:
+        """Return that nothing weighs: one client is taken."""
+        return Weighting("one client is taken, whatever its weight", extra=False)
+
 
 class MultiKrumParams(KrumParams):
     """Parameters of the aggregator ``multi-krum``."""
@@ -397,6 +425,11 @@ class MultiKrumParams(KrumParams):
     select: int | None = Field(
         default=None, ge=1, description="clients to average; all but f if not set"
     )
+
+    @property
+    def weighting(self) -> Weighting:
+        """Return the extra weight alone: what clients say of their samples may be false."""
+        return by_samples(0)
 
 
 class TiesParams(Params):
@@ -407,6 +440,11 @@ class TiesParams(Params):
     )
     scale: float = Field(default=1.0, gt=0, le=10, description="factor on the merged change")
 
+    @property
+    def weighting(self) -> Weighting:
+        """Return the extra weight alone."""
+        return by_samples(0)
+
 
 class DareParams(Params):
     """Parameters of the aggregator ``dare``."""
@@ -416,6 +454,11 @@ class DareParams(Params):
         default="mean", description="how what is left is merged: its mean, or by elected signs"
     )
     seed: int = Field(default=0, ge=0, description="of the draw")
+
+    @property
+    def weighting(self) -> Weighting:
+        """Return the extra weight alone."""
+        return by_samples(0)
 
 
 class LoraFairParams(Params):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +11,6 @@ from prufed_cli.commands.options import Json, Quiet
 from prufed_cli.completion import complete_run
 
 if TYPE_CHECKING:
-    from prufed_cli.config.models import MethodSection
     from prufed_cli.federation.plan import Plan
     from prufed_cli.progress import Reporter
 
@@ -46,7 +44,8 @@ def command(
     from prufed_cli.config import load
     from prufed_cli.errors import USAGE, PrufedError
     from prufed_cli.federation.federate import federate, set_values
-    from prufed_cli.federation.plan import describe, make_plan
+    from prufed_cli.federation.plan import make_plan
+    from prufed_cli.federation.plan_report import describe, warnings
     from prufed_cli.home import open_registry
     from prufed_cli.output import emit_json, print_line, reporter
     from prufed_cli.plugins_report import warn_failures
@@ -71,7 +70,10 @@ def command(
         if settings:
             config = set_values(config, parse_settings(settings))
         plan = make_plan(config, open_registry())
+        for warning in warnings(plan):
+            telling.warn(warning)
         if dry_run:
+            _rehearse(plan, telling)
             emit_json(describe(plan)) if as_json else _print_plan(plan)
             return
         _tell(plan, telling)
@@ -90,60 +92,41 @@ def command(
     print_line(result.artifact.ref)
 
 
+def _rehearse(plan: Plan, telling: Reporter) -> None:
+    """Refuse what the run would refuse before it begins, as far as the base is here."""
+    from prufed_cli.federation.plan import base_directory
+    from prufed_cli.home import open_registry
+
+    directory = base_directory(plan.base, open_registry())
+    if directory is None:
+        telling.warn(f"{plan.base} is not here yet: whether its clients can be merged is not known")
+        return
+    from prufed_cli.federation.rehearsal import rehearse_plan
+
+    rehearse_plan(plan, directory)
+
+
 def _print_plan(plan: Plan) -> None:
+    from prufed_cli.federation.plan_report import client_columns, client_rows, heading
     from prufed_cli.output import print_line, table
 
-    for line in _heading(plan):
+    for line in heading(plan):
         print_line(line)
-    table(
-        ["client", "sub-model", "rows", "categories", "rank", "preset", "weight"],
-        [
-            [
-                client.name,
-                client.submodel.label,
-                len(client.rows),
-                _top(client.categories),
-                client.adapter.r,
-                client.adapter.preset,
-                f"{client.weight:g}",
-            ]
-            for client in plan.clients
-        ],
-        numeric=(2, 4, 6),
-    )
+    columns = client_columns()
+    numeric = [columns.index(name) for name in ("rows", "rank", "weight", "share")]
+    table(columns, client_rows(plan), numeric=numeric)
 
 
 def _tell(plan: Plan, telling: Reporter) -> None:
-    for line in _heading(plan):
+    from prufed_cli.federation.plan_report import client_columns, client_rows, heading
+
+    for line in heading(plan):
         telling.note(line)
-    for client in plan.clients:
+    columns = client_columns()
+    for row in client_rows(plan):
+        said = dict(zip(columns, row, strict=True))
+        share = f", weight {said['share']}" if said["share"] else ""
         telling.note(
-            f"  {client.name}: {client.submodel.label}, {len(client.rows)} rows, "
-            f"{_top(client.categories)}"
+            f"  {said['client']}: {said['sub-model']}, {said['rows']} rows, {said['categories']}, "
+            f"rank {said['rank']}, {said['tuner']}{share}"
         )
-
-
-def _heading(plan: Plan) -> list[str]:
-    config = plan.config
-    layers = f" ({plan.layers} layers)" if plan.layers else ""
-    optimizer = config.server_optimizer
-    return [
-        f"base        {plan.base}{layers}",
-        f"rounds      {config.rounds}, sampler {config.sampler.name}, seed {config.seed}",
-        f"aggregator  {config.aggregator.name}{_settings(config.aggregator)}, "
-        f"write-back share {config.write_back.share:g}",
-        f"server step {f'{optimizer.name}{_settings(optimizer)}' if optimizer else 'none'}",
-        f"evaluate    {', '.join(config.evaluate.tasks) or 'no tasks'}",
-    ]
-
-
-def _settings(section: MethodSection) -> str:
-    said = ", ".join(f"{key}={value}" for key, value in section.settings.items())
-    return f" ({said})" if said else ""
-
-
-def _top(categories: Mapping[str, int], shown: int = 3) -> str:
-    largest = sorted(categories.items(), key=lambda item: -item[1])
-    names = [f"{name} {count}" for name, count in largest[:shown]]
-    rest = len(largest) - shown
-    return ", ".join(names) + (f" and {rest} more" if rest > 0 else "")

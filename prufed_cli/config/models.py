@@ -27,7 +27,19 @@ from pydantic import (
 from prufed_registry.names import is_name
 
 LAYER_PRUNERS: Final = frozenset(
-    {"top", "bottom", "odd-alternate", "even-alternate", "symmetric", "explicit"}
+    {
+        "top",
+        "bottom",
+        "odd-alternate",
+        "even-alternate",
+        "top-alternate",
+        "symmetric",
+        "explicit",
+        "parameter",
+        "magnitude-layers",
+        "contribution",
+        "angular",
+    }
 )
 """The built-in pruners that drop whole decoder layers."""
 
@@ -353,6 +365,10 @@ class FederationConfig(Section):
     data: DataConfig | None = None
     evaluate: EvaluateConfig = EvaluateConfig()
     write_back: WriteBackConfig = WriteBackConfig()
+    tier_weight: Literal["none", "inverse-density"] = Field(
+        default="none",
+        description="inverse-density: a client with a quarter of the entries weighs four times",
+    )
     min_clients: Int = Field(default=1, ge=1, description="updates a round needs in order to count")
     clients: tuple[ClientConfig, ...] = Field(min_length=1)
 

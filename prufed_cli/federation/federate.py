@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from prufed_cli.errors import INTEGRITY, USAGE, Interrupted, PrufedError
 from prufed_cli.federation import journal
-from prufed_cli.federation.plan import Plan, describe, make_plan
+from prufed_cli.federation.plan import Plan, make_plan
+from prufed_cli.federation.plan_report import describe
 from prufed_cli.progress import SILENT, Reporter
 from prufed_plugins.errors import MethodError
 
@@ -118,7 +119,8 @@ def _resumable(run: journal.Run, reporter: Reporter) -> Iterator[None]:
 def set_values(config: FederationConfig, settings: Mapping[str, Any]) -> FederationConfig:
     """Return a configuration with values replaced by dotted key, such as ``tuner.lr``.
 
-    ``aggregator=fedavg`` replaces the whole section by that method.
+    ``aggregator=fedavg`` replaces the whole section by that method; ``aggregator.beta=0`` beside
+    it, before or after, sets a parameter of that method.
 
     Raises:
         PrufedError: no such key, or a value that is not accepted.
@@ -126,19 +128,35 @@ def set_values(config: FederationConfig, settings: Mapping[str, Any]) -> Federat
     from prufed_cli.config.documents import validated
 
     document = config.model_dump(mode="json", exclude_none=True)
-    for key, value in settings.items():
-        section: Any = document
+    for key in sorted(settings, key=lambda key: key.count(".")):
         *parents, leaf = key.split(".")
-        for parent in parents:
+        section: Any = document
+        for depth, parent in enumerate(parents, start=1):
+            if isinstance(section.get(parent), str) and parent in _NAMED:
+                section[parent] = {"name": section[parent]}
             section = section.setdefault(parent, {})
             if not isinstance(section, dict):
-                raise PrufedError(
-                    f"--set {key}: {parent} is not a section",
-                    "write --set section.key=value, such as tuner.lr=1e-4",
-                    USAGE,
-                )
-        section[leaf] = value
+                raise _no_section(key, ".".join(parents[:depth]), section)
+        section[leaf] = settings[key]
     return validated(document)
+
+
+_NAMED: Final = {"sampler", "pruner", "tuner", "aggregator", "server_optimizer", "partition"}
+"""Sections that a method's name alone may stand for."""
+
+
+def _no_section(key: str, name: str, found: object) -> PrufedError:
+    if isinstance(found, list):
+        return PrufedError(
+            f"--set {key}: {name} is a list, of which --set cannot change one entry",
+            "change it in the file, or set the key for all clients: --set tuner.lr=1e-4",
+            USAGE,
+        )
+    return PrufedError(
+        f"--set {key}: {name} is not a section",
+        "write --set section.key=value, such as tuner.lr=1e-4",
+        USAGE,
+    )
 
 
 def _load(clients: Path | None) -> FederationConfig:
@@ -188,12 +206,15 @@ def prepare(run: journal.Run, plan: Plan, registry: Registry, reporter: Reporter
 
     Raises:
         PrufedError: the device, the models or the tasks do not allow the run.
+        MethodError: the aggregator cannot merge what the clients would send.
     """
     from prufed_cli.federation.making import make_federation
+    from prufed_cli.federation.rehearsal import rehearse_plan
     from prufed_cli.models.base import choose_device, find_base
 
     choose_device(plan.config.device)
     full = find_base(plan.base, registry)
+    rehearse_plan(plan, full.path)
     bases = _submodels(plan, full, registry, reporter)
     _check_unchanged(run, full, bases)
     federation = make_federation(run, plan, registry, full, bases, reporter)

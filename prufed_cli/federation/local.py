@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from prufed_cli.config.models import TunerConfig
     from prufed_cli.federation.clients import Client
     from prufed_registry import Artifact
 
@@ -149,7 +150,7 @@ class LocalEngine:
             client.local(job.masks),
             resident.masks,
         ) as adapted:
-            return make_tuner(client).tune(
+            return make_tuner(client.plan.tuner).tune(
                 adapted,
                 data,
                 job.seed,
@@ -182,11 +183,11 @@ class LocalEngine:
         return wanted
 
 
-def make_tuner(client: Client) -> Tuner:
-    """Return the client's tuner, with its settings."""
+def make_tuner(config: TunerConfig) -> Tuner:
+    """Return a client's tuner, with its settings."""
     from prufed_plugins.discover import build
 
-    tuner: Tuner = build("tuner", client.plan.tuner.name, client.plan.tuner.settings)
+    tuner: Tuner = build("tuner", config.name, config.settings)
     return tuner
 
 

@@ -5,16 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
-
-from prufed_cli.federation.clients import make_client, make_spec
+from prufed_cli.federation.beginning import begin
+from prufed_cli.federation.clients import make_client
 from prufed_cli.federation.local import LocalEngine
 from prufed_cli.federation.scoring import Scoring
 from prufed_cli.federation.state import Federation
-from prufed_cli.models.adapters import init_global, target_layers, target_shapes
-from prufed_plugins.api import GlobalState
 from prufed_plugins.discover import build
 
 if TYPE_CHECKING:
@@ -47,22 +42,8 @@ def make_federation(
         MethodError: a method cannot be made, for want of what it requires.
     """
     config = plan.config
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(full.path, local_files_only=True)
-        )
-    layers = int(skeleton.config.get_text_config().num_hidden_layers)
-    spec = make_spec(config.adapter, config.seed, sparsity=0.0, depth_pruned=False)
-    shapes = target_shapes(skeleton, spec.target_modules)
-    transposed = any(
-        isinstance(layer, Conv1D) for layer in target_layers(skeleton, spec.target_modules).values()
-    )
-    state = GlobalState(
-        tensors=init_global(shapes, spec, config.seed),
-        rank=spec.r,
-        scaling=spec.scaling,
-        layers=layers,
-    )
+    beginning = begin(config, full.path)
+    layers = beginning.state.layers
     clients = {
         client.name: make_client(client, bases[client.name], full, layers, config.seed, registry)
         for client in plan.clients
@@ -78,13 +59,12 @@ def make_federation(
         registry=registry,
         full=full,
         clients=clients,
-        spec=spec,
-        state=state,
+        spec=beginning.spec,
+        state=beginning.state,
         engine=engine,
         scoring=scoring,
         reporter=reporter,
-        transposed=transposed,
-        sampler=build("sampler", config.sampler.name, config.sampler.settings),
+        transposed=beginning.transposed,
         aggregator=build("aggregator", config.aggregator.name, config.aggregator.settings),
         optimizer=None
         if optimizer is None

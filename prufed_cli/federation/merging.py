@@ -99,7 +99,7 @@ def _screen(federation: Federation, index: int, updates: Sequence[Update]) -> Sc
 
 def _aggregate(federation: Federation, index: int, updates: Sequence[Update]) -> Aggregated:
     """Merge, step, and leave alone what nobody trained."""
-    tuners = [make_tuner(federation.clients[update.client]) for update in updates]
+    tuners = [make_tuner(federation.clients[update.client].plan.tuner) for update in updates]
     resting = resting_factors(tuners, index)
     optimizer = federation.optimizer and RestingOptimizer(federation.optimizer, resting)
     merged = aggregate(

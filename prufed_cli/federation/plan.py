@@ -17,31 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 from prufed_cli.data import Row, read_records, read_rows, rows_digest
 from prufed_cli.errors import FAILED, INTEGRITY, NOT_FOUND, USAGE, PrufedError
+from prufed_cli.federation.seeds import derive
+from prufed_cli.federation.submodels import SubModel, plan_submodel
 from prufed_cli.partitioning import split_records
-from prufed_cli.pruning import PruneRequest
+from prufed_plugins.api import ClientInfo
+from prufed_plugins.discover import build
 from prufed_registry.errors import NotFound
 
 if TYPE_CHECKING:
     from prufed_cli.config import FederationConfig
     from prufed_cli.config.models import AdapterConfig, ClientConfig, TunerConfig
+    from prufed_plugins.api import Sampler
     from prufed_registry import Registry
-
-
-@dataclass(frozen=True)
-class SubModel:
-    """What a client runs.
-
-    Attributes:
-        label: for people: ``dense``, ``sparsegpt 75 %``, ``top, 16 layers``.
-        reference: an artifact that exists, or the base itself; None where it is to be made.
-        request: how it is made; None where it exists.
-        sparsity: share of entries (or of layers) removed, where the configuration says it.
-    """
-
-    label: str
-    reference: str | None
-    request: PruneRequest | None
-    sparsity: float | None
 
 
 @dataclass(frozen=True)
@@ -55,7 +42,7 @@ class ClientPlan:
         data_digest: of those rows.
         adapter: rank, scaling, masks.
         tuner: how it trains.
-        weight: extra factor on its weight.
+        weight: extra factor on its weight, that of its tier included.
     """
 
     name: str
@@ -81,12 +68,15 @@ class Plan:
         base: reference, path or Hub id of the full model.
         layers: decoder layers of the full model; None where its configuration is not here yet.
         clients: in the order of the configuration.
+        sampled: names of the clients of every round, as far as the sparsities of sub-models that
+            are still to be made decide it.
     """
 
     config: FederationConfig
     base: str
     layers: int | None
     clients: tuple[ClientPlan, ...]
+    sampled: tuple[tuple[str, ...], ...]
 
     @property
     def digest(self) -> str:
@@ -114,20 +104,83 @@ def make_plan(config: FederationConfig, registry: Registry) -> Plan:
     layers = _layers(document) if document is not None else None
     rows = _rows(config)
     clients = tuple(
-        ClientPlan(
-            name=client.name,
-            submodel=_submodel(config, client, base, layers, registry),
-            rows=tuple(rows[client.name]),
-            data_digest=rows_digest(rows[client.name]),
-            adapter=config.adapter_of(client),
-            tuner=config.tuner_of(client),
-            weight=client.weight,
-        )
+        _client(config, client, plan_submodel(config, client, base, layers, registry), rows)
         for client in config.clients
     )
-    plan = Plan(config=config, base=base, layers=layers, clients=clients)
+    plan = Plan(
+        config=config,
+        base=base,
+        layers=layers,
+        clients=clients,
+        sampled=_sampled(config, clients, layers),
+    )
     _check_space(plan, registry)
     return plan
+
+
+def sample_rounds(
+    config: FederationConfig, infos: Sequence[ClientInfo]
+) -> tuple[tuple[str, ...], ...]:
+    """Return the names of the clients of every round.
+
+    Raises:
+        PrufedError: a round has no clients.
+    """
+    sampler: Sampler = build("sampler", config.sampler.name, config.sampler.settings)
+    sampled = tuple(
+        tuple(sampler.sample(index, infos, derive(config.seed, "sampler", index)))
+        for index in range(config.rounds)
+    )
+    for number, names in enumerate(sampled, start=1):
+        if not names:
+            raise PrufedError(
+                f"the sampler chose no client in round {number}",
+                "raise the sampler's fraction",
+                USAGE,
+            )
+    return sampled
+
+
+def _client(
+    config: FederationConfig,
+    client: ClientConfig,
+    submodel: SubModel,
+    rows: Mapping[str, Sequence[Row]],
+) -> ClientPlan:
+    return ClientPlan(
+        name=client.name,
+        submodel=submodel,
+        rows=tuple(rows[client.name]),
+        data_digest=rows_digest(rows[client.name]),
+        adapter=config.adapter_of(client),
+        tuner=config.tuner_of(client),
+        weight=client.weight * _tier_weight(config, client.name, submodel),
+    )
+
+
+def _tier_weight(config: FederationConfig, name: str, submodel: SubModel) -> float:
+    """Return the factor of the client's tier on its weight."""
+    if config.tier_weight == "none":
+        return 1.0
+    if submodel.density is None:
+        raise PrufedError(
+            f"client {name}: the density of its sub-model is not known before the base is here, "
+            f"and tier_weight {config.tier_weight} needs it",
+            "`prufed pull` the base first, or leave out tier_weight",
+            USAGE,
+        )
+    return 1 / submodel.density
+
+
+def _sampled(
+    config: FederationConfig, clients: Sequence[ClientPlan], layers: int | None
+) -> tuple[tuple[str, ...], ...]:
+    infos = []
+    for client in clients:
+        density = 1.0 if client.submodel.density is None else client.submodel.density
+        depth = layers if client.submodel.layers is None else client.submodel.layers
+        infos.append(ClientInfo(client.name, len(client.rows), 1 - density, depth or 0))
+    return sample_rounds(config, infos)
 
 
 def base_config(base: str, registry: Registry) -> dict[str, Any] | None:
@@ -203,65 +256,6 @@ def _rows(config: FederationConfig) -> dict[str, Sequence[Row]]:
     return rows
 
 
-def _submodel(
-    config: FederationConfig,
-    client: ClientConfig,
-    base: str,
-    layers: int | None,
-    registry: Registry,
-) -> SubModel:
-    if client.base is not None:
-        if "/" in client.base:
-            raise PrufedError(
-                f"client {client.name}: its base {client.base} is not an artifact, so nothing "
-                f"tells that it was made from {base}",
-                "name an artifact that `prufed prune` made, such as my-model@v3",
-                USAGE,
-            )
-        return SubModel(client.base, registry.resolve(client.base).ref, None, None)
-    if client.sparsity == 0 or (client.keep_layers is not None and client.keep_layers == layers):
-        return SubModel("dense", base, None, 0.0)
-    pruner = config.pruner_of(client)
-    settings = dict(pruner.settings)
-    if client.keep_layers is not None:
-        if layers is not None and client.keep_layers > layers:
-            raise PrufedError(
-                f"client {client.name} keeps {client.keep_layers} layers, "
-                f"but {base} has only {layers}",
-                "lower keep_layers",
-                USAGE,
-            )
-        if pruner.name != "explicit":  # which names its layers itself
-            settings["keep"] = client.keep_layers
-    request = PruneRequest(
-        base=base,
-        method=pruner.name,
-        sparsity=client.sparsity,
-        pattern=client.pattern,
-        settings=settings,
-        calibration=pruner.calibration,
-        samples=pruner.samples,
-        length=pruner.length,
-        seed=config.seed,
-    )
-    return SubModel(_label(pruner.name, client), None, request, _sparsity(client))
-
-
-def _label(method: str, client: ClientConfig) -> str:
-    if client.keep_layers is not None:
-        return f"{method}, {client.keep_layers} layers"
-    if client.pattern is not None:
-        return f"{method} {client.pattern}"
-    return f"{method} {client.sparsity or 0:.0%}"
-
-
-def _sparsity(client: ClientConfig) -> float | None:
-    if client.pattern is not None:
-        removed, group = (int(part) for part in client.pattern.split(":"))
-        return removed / group
-    return client.sparsity
-
-
 def _check_space(plan: Plan, registry: Registry) -> None:
     """Refuse a run whose sub-models would not fit on the disk."""
     directory = base_directory(plan.base, registry)
@@ -280,37 +274,3 @@ def _check_space(plan: Plan, registry: Registry) -> None:
             "free some space (`prufed gc`), or point PRUFED_HOME at a larger disk",
             FAILED,
         )
-
-
-def describe(plan: Plan) -> dict[str, Any]:
-    """Return the plan as a JSON document."""
-    config = plan.config
-    return {
-        "name": config.name,
-        "base": plan.base,
-        "layers": plan.layers,
-        "rounds": config.rounds,
-        "seed": config.seed,
-        "sampler": config.sampler.model_dump(mode="json"),
-        "aggregator": config.aggregator.model_dump(mode="json"),
-        "server_optimizer": (
-            config.server_optimizer.model_dump(mode="json") if config.server_optimizer else None
-        ),
-        "screen": config.screen.model_dump(mode="json"),
-        "write_back": config.write_back.model_dump(mode="json"),
-        "evaluate": config.evaluate.model_dump(mode="json"),
-        "digest": plan.digest,
-        "clients": [
-            {
-                "name": client.name,
-                "submodel": client.submodel.label,
-                "rows": len(client.rows),
-                "categories": dict(client.categories),
-                "data_digest": client.data_digest,
-                "rank": client.adapter.r,
-                "preset": client.adapter.preset,
-                "weight": client.weight,
-            }
-            for client in plan.clients
-        ],
-    }

@@ -10,24 +10,28 @@ from prufed_cli.federation.local import make_tuner
 from prufed_cli.federation.resting import resting_factors
 
 if TYPE_CHECKING:
+    from prufed_cli.federation.plan import Plan
     from prufed_cli.federation.state import Federation
+    from prufed_plugins.api import Aggregator
 
 
-def refuse_other_starts(federation: Federation) -> None:
+def refuse_other_starts(plan: Plan, aggregator: Aggregator) -> None:
     """Refuse what needs every client to start from the global adapter's first ranks.
 
     Raises:
         PrufedError: the aggregator lets clients start elsewhere.
     """
-    config, window = federation.plan.config, federation.window
-    if window is not None and config.write_back.share > 0:
+    config = plan.config
+    rolls = getattr(aggregator, "window", None) is not None
+    personal = frozenset(getattr(aggregator, "personal", ()))
+    if rolls and config.write_back.share > 0:
         raise PrufedError(
             f"{config.aggregator.name} gives clients other ranks each round, of which "
             f"write_back.share {config.write_back.share:g} has no own values to keep",
             "set write_back.share to 0",
             USAGE,
         )
-    if (window is not None or federation.personal) and config.screen.clip is not None:
+    if (rolls or personal) and config.screen.clip is not None:
         raise PrufedError(
             "screen.clip measures changes from the global adapter, and "
             f"{config.aggregator.name} lets clients start elsewhere",
@@ -36,15 +40,15 @@ def refuse_other_starts(federation: Federation) -> None:
         )
 
 
-def refuse_other_bases(federation: Federation) -> None:
+def refuse_other_bases(plan: Plan, aggregator: Aggregator) -> None:
     """Refuse what cannot be done to factors that come back in another basis.
 
     Raises:
         PrufedError: the aggregator makes new factors, and something needs the old ones.
     """
-    if not getattr(federation.aggregator, "new_factors", False):
+    if not getattr(aggregator, "new_factors", False):
         return
-    config = federation.plan.config
+    config = plan.config
     name = config.aggregator.name
     if config.server_optimizer is not None:
         raise PrufedError(
@@ -53,12 +57,12 @@ def refuse_other_bases(federation: Federation) -> None:
             "leave out server_optimizer, or choose another aggregator",
             USAGE,
         )
-    for client in federation.clients.values():
-        resting = resting_factors([make_tuner(client)], 0)
+    for client in plan.clients:
+        resting = resting_factors([make_tuner(client.tuner)], 0)
         if resting:
             raise PrufedError(
                 f"{name} makes new factors in every round, and tuner "
-                f"{client.plan.tuner.name} of client {client.name} leaves "
+                f"{client.tuner.name} of client {client.name} leaves "
                 f"{', '.join(sorted(resting))} as it was",
                 "choose the tuner lora, or an aggregator of factors such as fedit",
                 USAGE,

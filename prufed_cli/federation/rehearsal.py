@@ -1,17 +1,51 @@
-"""Go through every round without training, so that what cannot be merged is refused at once."""
+"""Go through every round without training, so that what cannot be merged is refused at once.
+
+It is done twice: before the sub-models are made, by what the configuration says of them, and again
+before the first client trains, by what they are.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prufed_cli.errors import USAGE, PrufedError
+from prufed_cli.federation.beginning import begin
+from prufed_cli.federation.clients import make_spec
+from prufed_cli.federation.refusals import refuse_other_bases, refuse_other_starts
 from prufed_plugins.aggregators.validation import check_facts
 from prufed_plugins.api import Aggregator, GlobalState, Update
+from prufed_plugins.discover import build
+from prufed_plugins.names import in_layers
 
 if TYPE_CHECKING:
     from prufed_cli.federation.clients import Client
+    from prufed_cli.federation.plan import ClientPlan, Plan
+
+
+def rehearse_plan(plan: Plan, directory: Path) -> None:
+    """Refuse what the methods of a plan cannot do, before anything is made.
+
+    Of a client whose layers are still to be chosen only the number counts: it is taken to have the
+    first ones.
+
+    Args:
+        plan: the run.
+        directory: of the full model; only its configuration is looked at.
+
+    Raises:
+        PrufedError: the methods do not go together, or the adapter does not fit the model.
+        MethodError: the aggregator cannot merge the ranks, the depths or the number of clients.
+    """
+    aggregator: Aggregator = build(
+        "aggregator", plan.config.aggregator.name, plan.config.aggregator.settings
+    )
+    refuse_other_starts(plan, aggregator)
+    refuse_other_bases(plan, aggregator)
+    state = begin(plan.config, directory).state
+    updates = {client.name: _planned(client, plan, state) for client in plan.clients}
+    _rehearse(plan.sampled, updates, aggregator, state)
 
 
 def rehearse(
@@ -29,32 +63,52 @@ def rehearse(
         state: the first global adapter.
 
     Raises:
-        PrufedError: a round has no clients.
         UpdateError: the method cannot merge the ranks or depths of a round's clients.
     """
-    starting = {name: _update(clients[name], state) for names in rounds for name in names}
-    for number, names in enumerate(rounds, start=1):
-        if not names:
-            raise PrufedError(
-                f"the sampler chose no client in round {number}",
-                "raise the sampler's fraction",
-                USAGE,
-            )
-        updates = [replace(starting[name], base_round=number - 1) for name in sorted(names)]
-        for update in updates:
-            check_facts(update, state, mixes_ranks=getattr(aggregator, "mixes_ranks", False))
-        aggregator.prepare(updates, state)
+    updates = {
+        name: _update(
+            client.plan, state, client.spec.r, client.spec.scaling, tuple(client.kept_layers)
+        )
+        for name, client in clients.items()
+    }
+    _rehearse(rounds, updates, aggregator, state)
 
 
-def _update(client: Client, state: GlobalState) -> Update:
-    tensors = {name: tensor for name, tensor in state.tensors.items() if client.has(name)}
+def _rehearse(
+    rounds: Sequence[Sequence[str]],
+    updates: Mapping[str, Update],
+    aggregator: Aggregator,
+    state: GlobalState,
+) -> None:
+    mixes_ranks = bool(getattr(aggregator, "mixes_ranks", False))
+    for index, names in enumerate(rounds):
+        sent = [replace(updates[name], base_round=index) for name in sorted(names)]
+        for update in sent:
+            check_facts(update, state, mixes_ranks=mixes_ranks)
+        aggregator.prepare(sent, state)
+
+
+def _planned(client: ClientPlan, plan: Plan, state: GlobalState) -> Update:
+    layers = client.submodel.layers or state.layers
+    spec = make_spec(
+        client.adapter,
+        plan.config.seed,
+        sparsity=client.submodel.sparsity or 0.0,
+        depth_pruned=layers < state.layers,
+    )
+    return _update(client, state, spec.r, spec.scaling, tuple(range(layers)))
+
+
+def _update(
+    client: ClientPlan, state: GlobalState, rank: int, scaling: float, layers: tuple[int, ...]
+) -> Update:
     return Update(
         client=client.name,
-        tensors=tensors,
+        tensors={n: tensor for n, tensor in state.tensors.items() if in_layers(n, layers)},
         masks=None,
-        samples=len(client.plan.rows),
-        rank=client.spec.r,
-        scaling=client.spec.scaling,
-        kept_layers=client.kept_layers,
-        weight=client.plan.weight,
+        samples=len(client.rows),
+        rank=rank,
+        scaling=scaling,
+        kept_layers=layers,
+        weight=client.weight,
     )

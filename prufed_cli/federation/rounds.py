@@ -13,13 +13,9 @@ from typing import TYPE_CHECKING
 from prufed_cli.errors import PrufedError
 from prufed_cli.federation.evaluating import evaluate_round
 from prufed_cli.federation.merging import merge_round
-from prufed_cli.federation.refusals import (
-    refuse_other_bases,
-    refuse_other_starts,
-    warn_of_two_steps,
-)
+from prufed_cli.federation.plan import sample_rounds
+from prufed_cli.federation.refusals import warn_of_two_steps
 from prufed_cli.federation.rehearsal import rehearse
-from prufed_cli.federation.seeds import derive
 from prufed_cli.federation.server_state import load_state
 from prufed_cli.federation.tuning import tune_clients
 from prufed_cli.federation.writing_back import write_back_all
@@ -56,16 +52,10 @@ def run_rounds(federation: Federation) -> Artifact:
     return newest
 
 
-def _prepared(federation: Federation) -> list[list[str]]:
+def _prepared(federation: Federation) -> tuple[tuple[str, ...], ...]:
     """Refuse what cannot work, and return the names of every round's clients."""
-    config = federation.plan.config
-    refuse_other_starts(federation)
-    refuse_other_bases(federation)
     infos = [client.info for client in federation.clients.values()]
-    sampled = [
-        federation.sampler.sample(index, infos, derive(config.seed, "sampler", index))
-        for index in range(config.rounds)
-    ]
+    sampled = sample_rounds(federation.plan.config, infos)
     rehearse(sampled, federation.clients, federation.aggregator, federation.state)
     merged = federation.run.find("merged")
     if federation.optimizer is not None and merged is not None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from prufed_cli.federation.scoring import Scoring
     from prufed_cli.models.adapters import AdapterSpec
     from prufed_cli.progress import Reporter
-    from prufed_plugins.api import Aggregator, Sampler, ServerOptimizer
+    from prufed_plugins.api import Aggregator, ServerOptimizer
     from prufed_registry import Artifact, Registry
 
 
@@ -40,7 +40,6 @@ class Federation:
         scoring: measures models between rounds.
         reporter: is told how far the run is.
         transposed: whether the target layers keep their weights as (k, d).
-        sampler: decides who trains in a round.
         aggregator: merges the clients' adapters.
         optimizer: takes the step from one global adapter to the next; None takes the merged one.
         evaluates: whether rounds are evaluated as the configuration says.
@@ -60,7 +59,6 @@ class Federation:
     scoring: Scoring
     reporter: Reporter
     transposed: bool
-    sampler: Sampler
     aggregator: Aggregator
     optimizer: ServerOptimizer | None = None
     evaluates: bool = True

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prufed_plugins.aggregators.stacking import Stack, assemble, stack
 from prufed_plugins.api import GlobalState, Merged, Part, Update
-from prufed_plugins.params import NoParams
+from prufed_plugins.params import MedianParams
 
 
 class Median:
@@ -28,7 +28,7 @@ class Median:
     mixes_ranks = True
     breaks: ClassVar[Mapping[str, str]] = {"C4": "a median is not a mean"}
 
-    def __init__(self, params: NoParams) -> None:
+    def __init__(self, params: MedianParams) -> None:
         pass
 
     def prepare(self, updates: Sequence[Update], state: GlobalState) -> None:
