@@ -10,7 +10,7 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +23,18 @@ from prufed_plugins.masks import split_factor
 
 _FEWEST = 3
 """Clients a round needs for one to be an outlier: it is held against two others at least."""
+
+_ORTHOGONAL: Final = 0.2
+"""Cosine below which two tensors have nothing in common."""
+
+_AS_LONG: Final = 3.0
+"""An A that training has turned by as much is longer than this: 1 / 0.2 = 5 times."""
+
+_FEW: Final = 256
+"""Entries of A below which a small cosine may be chance."""
+
+_ENOUGH: Final = 4096
+"""Entries of A to look at: the cosine of unrelated ones is then 0.016 in the mean square."""
 
 Masks = Mapping[str, Tensor]
 
@@ -70,6 +82,7 @@ def screen(
     """
     ordered = in_order(updates)
     excluded = _strange_masks(ordered, given_masks or {})
+    excluded |= _strange_starts([u for u in ordered if u.client not in excluded], state, sending)
     ordered = [update for update in ordered if update.client not in excluded]
     measured = measure(ordered, state, sending)
     strange = _outliers(measured.norms, outlier)
@@ -112,6 +125,58 @@ def _first_difference(update: Update, given: Masks) -> str | None:
         if one != other or not torch.equal(sent, given[name].cpu()):  # type: ignore[arg-type]
             return name
     return None
+
+
+def _strange_starts(
+    updates: Sequence[Update], state: GlobalState, sending: Sending
+) -> dict[str, str]:
+    """Return the clients whose A did not begin as the global one.
+
+    Training adds a change that hardly points against A, so an A that is nearly orthogonal to the
+    one it began as is many times longer. One that is as long, and orthogonal, was drawn anew:
+    averaging it with the others' is averaging noise.
+    """
+    found = {}
+    for update in updates if "A" not in sending.personal else ():
+        try:
+            cosine, growth = _direction_of_a(
+                update, state, sending.ranks(update.client, update.rank)
+            )
+        except (UpdateError, RuntimeError, KeyError, IndexError):
+            continue  # a tensor that cannot be read or does not fit: the merge says which
+        if cosine < _ORTHOGONAL and 1 / _AS_LONG < growth < _AS_LONG:
+            found[update.client] = (
+                f"its A is another than the one it was given (cosine {cosine:.2f}): all clients "
+                "must begin with the global adapter's"
+            )
+    return found
+
+
+def _direction_of_a(update: Update, state: GlobalState, ranks: Tensor) -> tuple[float, float]:
+    """Return the cosine between A_i and g, and ‖A_i‖ / ‖g‖, over the first modules it has.
+
+    Both are over the entries that the client has, in the common scale; 1 where there are too few.
+    """
+    known = (ranks < state.rank).nonzero().flatten()
+    scale = math.sqrt(update.scaling / state.scaling)
+    dot = own = given = 0.0
+    entries = 0
+    for name in state.tensors:
+        if entries >= _ENOUGH or split_factor(name)[1] != "A" or name not in update.tensors:
+            continue
+        sent = update.tensors[name].double().index_select(0, known) * scale
+        before = state.tensors[name].double().index_select(0, ranks[known])
+        mask = read_mask(update, name)
+        if mask is not None:
+            present = mask.index_select(0, known)
+            sent, before = sent[present], before[present]
+        dot += float((sent * before).sum())
+        own += float(sent.square().sum())
+        given += float(before.square().sum())
+        entries += before.numel()
+    if entries < _FEW or not (own and given and math.isfinite(own)):
+        return 1.0, 1.0
+    return dot / math.sqrt(own * given), math.sqrt(own / given)
 
 
 def _outliers(norms: Mapping[str, float], limit: float) -> dict[str, str]:

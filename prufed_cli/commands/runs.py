@@ -115,11 +115,13 @@ def _rows(event: Event, merged: Mapping[int, Event]) -> list[list[object]]:
         return [[*cells, change, f"{found['cosine']:.2f}" if "cosine" in found else ""]]
     if event["event"] == "client_failed":
         return [[number, event["client"], f"failed: {event['reason']}", *_EMPTY]]
-    if event["event"] == "merged":
+    if event["event"] in {"merged", "refused"}:
         rows: list[list[object]] = [
             [number, name, f"excluded: {reason}", *_EMPTY]
             for name, reason in event["excluded"].items()
         ]
+        if event["event"] == "refused":
+            return rows
         return [*rows, [number, "(global)", event["ref"], "", "", event["seconds"], "", ""]]
     if event["event"] == "written_back":
         return [["", event["client"], f"{event['ref']} (written back)", *_EMPTY]]

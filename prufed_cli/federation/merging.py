@@ -14,12 +14,14 @@ from prufed_cli.federation.measured import diagnostics, summaries
 from prufed_cli.federation.resting import RestingOptimizer, rested, resting_factors
 from prufed_cli.federation.server_state import forget_older, save_state
 from prufed_cli.federation.standing import masks_of
+from prufed_cli.models.adapter_files import WEIGHTS_FILE
 from prufed_plugins.aggregators.streaming import Aggregated, aggregate
 from prufed_plugins.diagnostics import Sending
 from prufed_plugins.screening import Screened, screen
 from prufed_registry import Parent, fingerprint
 
 if TYPE_CHECKING:
+    from prufed_cli.federation.clients import Client
     from prufed_cli.federation.journal import Event
     from prufed_cli.federation.state import Federation
     from prufed_plugins.api import Update
@@ -38,14 +40,16 @@ def merge_round(federation: Federation, index: int, done: Mapping[str, Artifact]
         PrufedError: fewer updates than ``min_clients`` could be merged.
     """
     started = time.monotonic()
+    copied = copies(federation.clients, done)
     updates = [
         read_update(federation.clients[name], done[name], index, transposed=federation.transposed)
         for name in done
+        if name not in copied
     ]
     with federation.reporter.task(f"round {index + 1}: merge {len(updates)} adapters"):
         screened = _screen(federation, index, updates)
         merged = _aggregate(federation, index, screened.updates)
-    excluded = {**screened.excluded, **merged.excluded}
+    excluded = {**copied, **screened.excluded, **merged.excluded}
     _report_excluded(federation, index, excluded, len(done))
     federation.state = merged.state
     artifact = _publish(federation, index, done)
@@ -112,19 +116,37 @@ def _aggregate(federation: Federation, index: int, updates: Sequence[Update]) ->
     return replace(merged, state=rested(merged.state, federation.state, resting))
 
 
+def copies(clients: Mapping[str, Client], done: Mapping[str, Artifact]) -> dict[str, str]:
+    """Return the clients that sent the very file of another one, and whose.
+
+    Training on other rows never ends with the same bytes. Whoever did the work, it counts once:
+    the first by name stays. Clients that have the same rows may well send the same.
+    """
+    first: dict[str, str] = {}
+    found = {}
+    for name in sorted(done):
+        content = done[name].manifest.files[WEIGHTS_FILE].sha256
+        other = first.setdefault(content, name)
+        if clients[name].plan.data_digest != clients[other].plan.data_digest:
+            found[name] = f"its adapter is the file that client {other} sent, trained on other rows"
+    return found
+
+
 def _report_excluded(
     federation: Federation, index: int, excluded: Mapping[str, str], trained: int
 ) -> None:
     """Say whose update was left out; refuse the round where too few are left."""
     for name, reason in excluded.items():
         federation.reporter.warn(f"client {name} is excluded from the merge: {reason}")
-    needed = federation.plan.config.min_clients
-    if trained - len(excluded) < needed:
-        raise PrufedError(
-            f"round {index + 1} stands with {trained - len(excluded)} usable updates, "
-            f"{needed} are needed",
-            f"see `prufed runs show {federation.run.id}`",
-        )
+    left, needed = trained - len(excluded), federation.plan.config.min_clients
+    if left >= needed:
+        return
+    federation.run.record("refused", round=index, excluded=dict(excluded))
+    raise PrufedError(
+        f"round {index + 1} has {left or 'no'} usable update{'s' * (left != 1)} of {trained}, and "
+        f"{needed} {'is' if needed == 1 else 'are'} needed",
+        f"`prufed runs show {federation.run.id}` says why each was excluded",
+    )
 
 
 def _publish(federation: Federation, index: int, done: Mapping[str, Artifact]) -> Artifact:

@@ -17,6 +17,7 @@ from prufed_cli.federation.refusals import refuse_other_bases, refuse_other_star
 from prufed_plugins.aggregators.validation import check_facts
 from prufed_plugins.api import Aggregator, GlobalState, Update
 from prufed_plugins.discover import build
+from prufed_plugins.errors import MethodError, UpdateError
 from prufed_plugins.names import in_layers
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def rehearse(
         state: the first global adapter.
 
     Raises:
-        UpdateError: the method cannot merge the ranks or depths of a round's clients.
+        MethodError: the method cannot merge the ranks or depths of a round's clients.
     """
     updates = {
         name: _update(
@@ -83,9 +84,12 @@ def _rehearse(
     mixes_ranks = bool(getattr(aggregator, "mixes_ranks", False))
     for index, names in enumerate(rounds):
         sent = [replace(updates[name], base_round=index) for name in sorted(names)]
-        for update in sent:
-            check_facts(update, state, mixes_ranks=mixes_ranks)
-        aggregator.prepare(sent, state)
+        try:
+            for update in sent:
+                check_facts(update, state, mixes_ranks=mixes_ranks)
+            aggregator.prepare(sent, state)
+        except UpdateError as error:  # no client has sent anything yet: the configuration is wrong
+            raise MethodError(error.message, error.hint) from error
 
 
 def _planned(client: ClientPlan, plan: Plan, state: GlobalState) -> Update:

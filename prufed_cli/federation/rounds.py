@@ -73,8 +73,8 @@ def _round(federation: Federation, index: int, names: Sequence[str]) -> None:
     needed = federation.plan.config.min_clients
     if len(done) < needed:
         raise PrufedError(
-            f"round {index + 1} stands with {len(done)} of {len(names)} clients, "
-            f"{needed} are needed",
-            f"see `prufed runs show {run.id}` for what went wrong with each",
+            f"round {index + 1} has {len(done) or 'no'} adapter{'s' * (len(done) != 1)} of "
+            f"{len(names)} clients, and {needed} {'is' if needed == 1 else 'are'} needed",
+            f"`prufed runs show {run.id}` says what went wrong with each",
         )
     merge_round(federation, index, done)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from prufed_cli.federation.artifacts import publish_client
-from prufed_cli.federation.local import Job, Outcome
+from prufed_cli.federation.local import Job, Outcome, make_tuner
+from prufed_cli.federation.resting import resting_factors
 from prufed_cli.federation.seeds import derive
 from prufed_cli.federation.standing import masks_of, start_of
-from prufed_plugins.masks import magnitude_mask
+from prufed_plugins.masks import magnitude_mask, split_factor
 from prufed_registry import Parent, fingerprint
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def _unjournalled(federation: Federation, index: int, client: Client) -> Artifac
 def _receive(federation: Federation, index: int, outcome: Outcome) -> Artifact | None:
     """Publish and journal one client's result, or journal its failure."""
     client, result = outcome.job.client, outcome.result
-    reason = outcome.reason or (None if result is None else _not_finite(result.tensors))
+    reason = outcome.reason or (None if result is None else _fault(outcome.job, result.tensors))
     if result is None or reason is not None:
         federation.reporter.warn(f"client {client.name} is excluded from the round: {reason}")
         federation.run.record("client_failed", round=index, client=client.name, reason=reason)
@@ -169,8 +170,20 @@ def _record(
     )
 
 
-def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+def _fault(job: Job, tensors: Mapping[str, Tensor]) -> str | None:
+    """Return what makes a result no adapter that this client could have trained."""
+    given = job.client.local(job.tensors)
+    for name in sorted(given.keys() ^ tensors.keys()):
+        verb = "lacks" if name in given else "has the unknown tensor"
+        return f"its adapter {verb} {name}"
+    resting = resting_factors([make_tuner(job.client.plan.tuner)], job.round_index)
     for name, tensor in tensors.items():
+        before = given[name]
+        if tensor.shape != before.shape:
+            return f"{name} came back as {list(tensor.shape)}, not {list(before.shape)}"
         if not bool(torch.isfinite(tensor).all()):
             return f"its adapter has NaN or infinity in {name}"
+        factor = split_factor(name)[1]
+        if factor in resting and not torch.equal(tensor, before.to(tensor.dtype)):
+            return f"its {factor} must rest in this round, and {name} came back changed"
     return None

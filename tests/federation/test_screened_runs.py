@@ -100,7 +100,7 @@ def test_every_module_and_client_is_described(
 
 def test_too_few_that_pass_stop_the_run(prufed_home: Path, wild: dict[str, Any]) -> None:
     wild |= {"screen": {"outlier": 100}, "min_clients": 4}
-    with pytest.raises(PrufedError, match="round 1 stands with 3 usable updates, 4 are needed"):
+    with pytest.raises(PrufedError, match="round 1 has 3 usable updates of 4, and 4 are needed"):
         run(prufed_home, wild, Told())
 
 

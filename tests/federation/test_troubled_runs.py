@@ -44,7 +44,7 @@ def test_a_client_that_diverges_is_excluded(tmp_path: Path, configuration: Docum
 def test_too_few_clients_end_the_run(tmp_path: Path, configuration: Document) -> None:
     wild = {"name": "wild", "tuner": {"lr": 1e30}}
     document = {**small(configuration, {"name": "calm"}, wild), "min_clients": 2}
-    with pytest.raises(PrufedError, match="1 of 2 clients, 2 are needed"):
+    with pytest.raises(PrufedError, match="has 1 adapter of 2 clients, and 2 are needed"):
         run(tmp_path, document)
     assert Registry(tmp_path / "registry").list("fed") == []
 
