@@ -547,11 +547,13 @@ class TuneResult:
         tensors: adapter tensors by local name, on the CPU in float32.
         losses: mean loss per step.
         tokens: tokens trained on.
+        rank: how many of the first ranks stay, from this update on; None: all.
     """
 
     tensors: Mapping[str, Tensor]
     losses: Sequence[float]
     tokens: int
+    rank: int | None = None
 
 
 Factors = Literal["A", "B", "AB"]
@@ -563,7 +565,8 @@ class Tuner(Protocol):
 
     One that leaves a factor alone says so by a method ``trains(round_index: int) -> Factors``; a
     factor that no client of a round trained stays what it was, bit for bit, whatever the aggregator
-    and the server optimizer make of it.
+    and the server optimizer make of it. One whose results may have fewer ranks than it was given
+    says ``prunes_ranks = True``.
     """
 
     def tune(

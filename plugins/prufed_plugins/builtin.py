@@ -304,6 +304,13 @@ def prufed_tuners() -> Iterator[Method]:
         summary="lora with a pull towards the global adapter",
         paper="Li et al. 2018 (FedProx), https://arxiv.org/abs/1812.06127",
     )
+    yield Method(
+        name="hetlora",
+        target="prufed_plugins.tuners.hetlora:HetLoraTuner",
+        params=params.HetLoraTunerParams,
+        summary="lora that shrinks its last ranks and drops them; clients' ranks fall",
+        paper="Cho et al. 2024 (HetLoRA), https://arxiv.org/abs/2401.06432",
+    )
 
 
 @hookimpl

@@ -286,6 +286,16 @@ class FedProxParams(LoraParams):
     )
 
 
+class HetLoraTunerParams(LoraParams):
+    """Parameters of the tuner ``hetlora``."""
+
+    gamma: float = Field(
+        default=0.99, gt=0, lt=1, description="γ, share of the ranks that stay; one goes at least"
+    )
+    lam: float = Field(default=1e-3, ge=0, description="λ, weight of the last ranks' size")
+    r_min: int = Field(default=1, ge=1, description="ranks below which none is pruned")
+
+
 # --- aggregators ---------------------------------------------------------------------------------
 
 

@@ -80,9 +80,12 @@ def show_command(run_id: RunId, as_json: Json = False) -> None:
     print_line(f"base      {run.document['base']}")
     merged = {event["round"]: event for event in run.select("merged")}
     table(
-        ["round", "client", "adapter", "loss", "tokens", "seconds", "change", "cosine"],
+        [
+            *("round", "client", "adapter", "rank", "loss", "tokens", "seconds", "sent"),
+            *("change", "cosine"),
+        ],
         [row for event in run.events for row in _rows(event, merged)],
-        numeric=(0, 4, 5, 6, 7),
+        numeric=(0, 3, 5, 6, 7, 8, 9),
     )
     for event in merged.values():
         print_line(f"round {event['round'] + 1} merged: {essentials(event)}")
@@ -103,11 +106,14 @@ def resume_command(run_id: RunId, quiet: Quiet = False) -> None:
 
 def _rows(event: Event, merged: Mapping[int, Event]) -> list[list[object]]:
     from prufed_cli.federation.measured import of_client
+    from prufed_cli.output import size_text
 
     number = event.get("round", 0) + 1
     if event["event"] == "client":
         loss = f"{event['loss_first']:.3f} to {event['loss_last']:.3f}"
-        cells = [number, event["client"], event["ref"], loss, event["tokens"], event["seconds"]]
+        rank, sent = event.get("rank", ""), event.get("payload_bytes")
+        cells = [number, event["client"], event["ref"], rank, loss, event["tokens"]]
+        cells += [event["seconds"], "" if sent is None else size_text(sent)]
         found = of_client(merged.get(event["round"], {}), event["client"])
         change = f"{found['norm']:.3g}" if found else ""
         if "clipped" in found:
@@ -122,13 +128,14 @@ def _rows(event: Event, merged: Mapping[int, Event]) -> list[list[object]]:
         ]
         if event["event"] == "refused":
             return rows
-        return [*rows, [number, "(global)", event["ref"], "", "", event["seconds"], "", ""]]
+        whole = [number, "(global)", event["ref"], "", "", "", event["seconds"], "", "", ""]
+        return [*rows, whole]
     if event["event"] == "written_back":
         return [["", event["client"], f"{event['ref']} (written back)", *_EMPTY]]
     return []
 
 
-_EMPTY = ("", "", "", "", "")
+_EMPTY = ("", "", "", "", "", "", "")
 """The cells of a row that is not about training."""
 
 

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from prufed_cli.evaluation.compare import Comparison, EvaluationReport, Row
 from prufed_cli.evaluation.scores import Metric, TaskScore
+from prufed_cli.output import size_text
 
 NOTHING: Final = "-"
 
@@ -81,15 +82,6 @@ def document_of(report: EvaluationReport) -> dict[str, Any]:
             for each in report.comparisons
         ],
     }
-
-
-def size_text(size: int) -> str:
-    """Return a number of bytes as people write it: 1.0 MB, 13.5 GB."""
-    number, units = float(size), ["B", "kB", "MB", "GB", "TB"]
-    while number >= 1000 and len(units) > 1:
-        number /= 1000
-        units.pop(0)
-    return f"{number:.0f} B" if units[0] == "B" else f"{number:.1f} {units[0]}"
 
 
 def _shared_prefix(names: Sequence[str]) -> str:

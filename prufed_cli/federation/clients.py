@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from prufed_cli.errors import USAGE, PrufedError
@@ -50,6 +50,13 @@ class Client:
         return ClientInfo(
             self.name, len(self.plan.rows), round(self.sparsity, 4), len(self.kept_layers)
         )
+
+    def at_rank(self, rank: int) -> Client:
+        """Return the client with the first ``rank`` ranks of its adapter, at the same scaling."""
+        if rank == self.spec.r:
+            return self
+        alpha = self.spec.alpha * rank / self.spec.r
+        return replace(self, spec=replace(self.spec, r=rank, alpha=alpha))
 
     def masks(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the masks of its factors by global name, for ``tensors`` by global name."""

@@ -25,7 +25,8 @@ def evaluate_round(federation: Federation, index: int) -> None:
         return
     adapter = (federation.spec, federation.state.tensors)
     _score(federation, index, "global", federation.full, adapter)
-    for client in federation.clients.values() if wanted.clients else ():
+    for name in federation.clients if wanted.clients else ():
+        client = federation.client_at(index + 1, name)
         tensors = start_of(federation, index + 1, client, masks_of(federation, client))
         own = (client.spec, client.local(tensors))
         _score(federation, index, client.name, client.base, own)

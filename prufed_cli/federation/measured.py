@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from prufed_cli.output import size_text
+
 if TYPE_CHECKING:
     from prufed_cli.federation.journal import Event
     from prufed_plugins.aggregators.streaming import Aggregated
@@ -38,7 +40,7 @@ def diagnostics(merged: Aggregated, measured: Measurement) -> dict[str, dict[str
 
 
 def essentials(event: Event) -> str:
-    """Return one line about a merged round, the mean over its modules."""
+    """Return one line about a merged round: the mean over its modules, and what was sent."""
     modules = list(event["diagnostics"].values())
     said = []
     for key, words in (
@@ -50,6 +52,8 @@ def essentials(event: Event) -> str:
         values = [module[key] for module in modules if key in module]
         if values:
             said.append(words.format(sum(values) / len(values)))
+    if "payload_bytes" in event:
+        said.append(f"{size_text(event['payload_bytes'])} from clients")
     return ", ".join(said)
 
 

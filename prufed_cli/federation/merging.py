@@ -42,7 +42,12 @@ def merge_round(federation: Federation, index: int, done: Mapping[str, Artifact]
     started = time.monotonic()
     copied = copies(federation.clients, done)
     updates = [
-        read_update(federation.clients[name], done[name], index, transposed=federation.transposed)
+        read_update(
+            federation.client_at(index + 1, name),
+            done[name],
+            index,
+            transposed=federation.transposed,
+        )
         for name in done
         if name not in copied
     ]
@@ -55,6 +60,7 @@ def merge_round(federation: Federation, index: int, done: Mapping[str, Artifact]
     artifact = _publish(federation, index, done)
     federation.newest = artifact
     extra: dict[str, Any] = {}
+    trained = federation.run.select("client", round=index)
     if federation.optimizer is not None:
         extra["optimizer"] = save_state(federation.run.directory, index, federation.optimizer)
     federation.run.record(
@@ -66,14 +72,14 @@ def merge_round(federation: Federation, index: int, done: Mapping[str, Artifact]
         excluded=excluded,
         updates=summaries(screened),
         diagnostics=diagnostics(merged, screened.measured),
+        payload_bytes=sum(event.get("payload_bytes", 0) for event in trained),
         seconds=round(time.monotonic() - started, 3),
         **extra,
     )
     if federation.optimizer is not None:
         forget_older(federation.run.directory, extra["optimizer"])
     federation.reporter.note(
-        f"round {index + 1}: {artifact.ref} from {', '.join(sorted(done))} "
-        f"({_losses(federation.run.select('client', round=index))})"
+        f"round {index + 1}: {artifact.ref} from {', '.join(sorted(done))} ({_losses(trained)})"
     )
 
 
@@ -81,7 +87,8 @@ def _screen(federation: Federation, index: int, updates: Sequence[Update]) -> Sc
     """Leave out and scale down what is not to be merged as it came."""
     config = federation.plan.config.screen
     masks = {
-        update.client: masks_of(federation, federation.clients[update.client]) for update in updates
+        update.client: masks_of(federation, federation.client_at(index + 1, update.client))
+        for update in updates
     }
     windows = {
         update.client: federation.window(index, update.rank, federation.state.rank)

@@ -69,6 +69,26 @@ def refuse_other_bases(plan: Plan, aggregator: Aggregator) -> None:
             )
 
 
+def refuse_fewer_ranks(plan: Plan, aggregator: Aggregator) -> None:
+    """Refuse clients that prune their ranks where these cannot be merged with the others.
+
+    Raises:
+        PrufedError: the aggregator needs equal ranks, or gives clients other ranks each round.
+    """
+    rolls = getattr(aggregator, "window", None) is not None
+    if getattr(aggregator, "mixes_ranks", False) and not rolls:
+        return
+    name = plan.config.aggregator.name
+    why = "rolls the ranks, of which none is the last" if rolls else "merges equal ranks only"
+    for client in plan.clients:
+        if getattr(make_tuner(client.tuner), "prunes_ranks", False):
+            raise PrufedError(
+                f"tuner {client.tuner.name} of client {client.name} prunes ranks, and {name} {why}",
+                "choose the aggregator hetlora, or another that mixes ranks; or the tuner lora",
+                USAGE,
+            )
+
+
 def warn_of_two_steps(federation: Federation, sampled: Sequence[Sequence[str]]) -> None:
     """Say where the aggregator shortens the step before the server optimizer takes its own.
 

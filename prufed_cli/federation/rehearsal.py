@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING
 
 from prufed_cli.federation.beginning import begin
 from prufed_cli.federation.clients import make_spec
-from prufed_cli.federation.refusals import refuse_other_bases, refuse_other_starts
+from prufed_cli.federation.refusals import (
+    refuse_fewer_ranks,
+    refuse_other_bases,
+    refuse_other_starts,
+)
 from prufed_plugins.aggregators.validation import check_facts
 from prufed_plugins.api import Aggregator, GlobalState, Update
 from prufed_plugins.discover import build
@@ -44,6 +48,7 @@ def rehearse_plan(plan: Plan, directory: Path) -> None:
     )
     refuse_other_starts(plan, aggregator)
     refuse_other_bases(plan, aggregator)
+    refuse_fewer_ranks(plan, aggregator)
     state = begin(plan.config, directory).state
     updates = {client.name: _planned(client, plan, state) for client in plan.clients}
     _rehearse(plan.sampled, updates, aggregator, state)

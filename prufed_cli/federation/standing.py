@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from prufed_cli.federation.artifacts import read_masks, read_tensors
+from prufed_plugins.write_back import ranks_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,14 +29,7 @@ def start_of(
         window = federation.window(index, client.spec.r, state.rank)
         return client.start(state, masks, None, 0.0, window=window)
     share = federation.plan.config.write_back.share
-    event = next(
-        (
-            event
-            for event in reversed(federation.run.select("client", client=client.name))
-            if event["round"] < index
-        ),
-        None,
-    )
+    event = federation.last_update(index, client.name)
     if event is None and personal:
         own = client.start(federation.first, masks, None, 0.0)
         return client.start(state, masks, own, 0.0, personal)
@@ -52,15 +46,21 @@ def start_of(
 def masks_of(federation: Federation, client: Client) -> dict[str, Tensor]:
     """Return the masks of a client's factors by global name; the same in every round.
 
-    ``magnitude`` has none until the client has trained once; then they are frozen.
+    ``magnitude`` has none until the client has trained once; then they are frozen. A client that
+    has pruned some of its ranks has the masks of those that are left.
     """
     if client.name not in federation.masks:
         if client.spec.factor_mask == "magnitude":
-            event = federation.run.find("client", client=client.name)
-            if event is None:
+            trained = federation.run.select("client", client=client.name)
+            if not trained:
                 return {}
-            found = client.globally(read_masks(federation.stored(event)))
+            found = client.globally(read_masks(federation.stored(trained[0])))
         else:
-            found = client.masks(federation.state.tensors)
+            found = federation.clients[client.name].masks(federation.state.tensors)
         federation.masks[client.name] = found
-    return federation.masks[client.name]
+    return first_ranks(federation.masks[client.name], client.spec.r)
+
+
+def first_ranks(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """Return the first ``rank`` ranks of factors, or of their masks, by the same names."""
+    return {name: ranks_of(name, tensor, range(rank)) for name, tensor in tensors.items()}

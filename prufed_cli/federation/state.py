@@ -33,7 +33,7 @@ class Federation:
         plan: what to do.
         registry: where artifacts go.
         full: the full model.
-        clients: by name, in the order of the configuration.
+        clients: by name, in the order of the configuration, as they begin.
         spec: the global adapter.
         state: the global adapter's tensors after the last merged round.
         engine: trains clients.
@@ -44,7 +44,7 @@ class Federation:
         optimizer: takes the step from one global adapter to the next; None takes the merged one.
         evaluates: whether rounds are evaluated as the configuration says.
         newest: the last global adapter that was published.
-        masks: of every client's factors, by client and global name.
+        masks: of every client's factors, by client and global name, at its first rank.
         first: the global adapter before the first round.
     """
 
@@ -80,6 +80,16 @@ class Federation:
         found: Callable[[int, int, int], Sequence[int]] | None
         found = getattr(self.aggregator, "window", None)
         return found
+
+    def last_update(self, index: int, name: str) -> Event | None:
+        """Return the event of a client's last training before round ``index``."""
+        events = reversed(self.run.select("client", client=name))
+        return next((event for event in events if event["round"] < index), None)
+
+    def client_at(self, index: int, name: str) -> Client:
+        """Return a client as it is before round ``index``: with the ranks that it has left."""
+        event, client = self.last_update(index, name), self.clients[name]
+        return client if event is None else client.at_rank(event.get("rank", client.spec.r))
 
     def stored(self, event: Event) -> Artifact:
         """Return the artifact that an event names.

@@ -12,7 +12,7 @@ from prufed_cli.federation.artifacts import publish_client
 from prufed_cli.federation.local import Job, Outcome, make_tuner
 from prufed_cli.federation.resting import resting_factors
 from prufed_cli.federation.seeds import derive
-from prufed_cli.federation.standing import masks_of, start_of
+from prufed_cli.federation.standing import first_ranks, masks_of, start_of
 from prufed_plugins.masks import magnitude_mask, split_factor
 from prufed_registry import Parent, fingerprint
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from prufed_cli.federation.clients import Client
     from prufed_cli.federation.state import Federation
-    from prufed_plugins.api import TuneStep
+    from prufed_plugins.api import TuneResult, TuneStep
     from prufed_registry import Artifact
 
 
@@ -44,7 +44,7 @@ def tune_clients(federation: Federation, index: int, names: Sequence[str]) -> di
     done: dict[str, Artifact] = {}
     jobs = []
     for name in names:
-        client = federation.clients[name]
+        client = federation.client_at(index, name)
         event = federation.run.find("client", round=index, client=name)
         if event is not None:
             done[name] = federation.stored(event)
@@ -114,19 +114,24 @@ def _unjournalled(federation: Federation, index: int, client: Client) -> Artifac
     key = fingerprint("client-adapter", parents, client_recipe(federation, index, client))
     artifact = federation.registry.find(key, kind="client-adapter")
     if artifact is not None:
-        _record(federation, index, client, artifact, artifact.manifest.metrics)
+        rank = artifact.manifest.details["adapter"]["r"]
+        metrics = artifact.manifest.metrics
+        _record(federation, index, client.at_rank(rank), artifact, metrics)
     return artifact
 
 
 def _receive(federation: Federation, index: int, outcome: Outcome) -> Artifact | None:
     """Publish and journal one client's result, or journal its failure."""
     client, result = outcome.job.client, outcome.result
-    reason = outcome.reason or (None if result is None else _fault(outcome.job, result.tensors))
+    reason = outcome.reason or (None if result is None else _fault(outcome.job, result))
     if result is None or reason is not None:
         federation.reporter.warn(f"client {client.name} is excluded from the round: {reason}")
         federation.run.record("client_failed", round=index, client=client.name, reason=reason)
         return None
-    tensors, masks = dict(result.tensors), client.local(outcome.job.masks)
+    recipe = client_recipe(federation, index, client)
+    client = client.at_rank(result.rank or client.spec.r)
+    tensors = first_ranks(result.tensors, client.spec.r)
+    masks = first_ranks(client.local(outcome.job.masks), client.spec.r)
     if client.spec.factor_mask == "magnitude" and not masks and client.spec.sparsity > 0:
         masks = {n: magnitude_mask(t, client.spec.sparsity) for n, t in tensors.items()}
         tensors = {n: torch.where(masks[n], t, 0.0) for n, t in tensors.items()}
@@ -135,6 +140,7 @@ def _receive(federation: Federation, index: int, outcome: Outcome) -> Artifact |
         "loss_last": result.losses[-1],
         "tokens": result.tokens,
         "seconds": round(outcome.seconds, 3),
+        "payload_bytes": _payload(federation, index, client, tensors),
     }
     artifact = publish_client(
         federation.registry,
@@ -143,7 +149,7 @@ def _receive(federation: Federation, index: int, outcome: Outcome) -> Artifact |
         masks,
         name=f"{federation.plan.config.name}.{client.name}",
         parents=client_parents(federation, client),
-        recipe=client_recipe(federation, index, client),
+        recipe=recipe,
         facts={"round": index, "stage": "tuned"},
         metrics=metrics,
         transposed=federation.transposed,
@@ -166,13 +172,29 @@ def _record(
         ref=artifact.ref,
         digest=artifact.digest,
         samples=len(client.plan.rows),
+        rank=client.spec.r,
         **metrics,
     )
 
 
-def _fault(job: Job, tensors: Mapping[str, Tensor]) -> str | None:
+def _payload(
+    federation: Federation, index: int, client: Client, tensors: Mapping[str, Tensor]
+) -> int:
+    """Return the bytes of what the client has to send: the factors that the server cannot know.
+
+    A factor that rests in the round came from the server, and one that the client keeps for itself
+    is nobody else's. The adapter is stored whole all the same, so that PEFT opens it.
+    """
+    resting = resting_factors([make_tuner(client.plan.tuner)], index)
+    kept = resting | federation.personal
+    return sum(t.nbytes for name, t in tensors.items() if split_factor(name)[1] not in kept)
+
+
+def _fault(job: Job, result: TuneResult) -> str | None:
     """Return what makes a result no adapter that this client could have trained."""
-    given = job.client.local(job.tensors)
+    given, tensors, rank = job.client.local(job.tensors), result.tensors, job.client.spec.r
+    if result.rank is not None and not 1 <= result.rank <= rank:
+        return f"it says that {result.rank} of its {rank} ranks stay"
     for name in sorted(given.keys() ^ tensors.keys()):
         verb = "lacks" if name in given else "has the unknown tensor"
         return f"its adapter {verb} {name}"

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 def write_back_all(federation: Federation) -> None:
     """Publish and journal every client's adapter that is not yet."""
     with federation.reporter.task("write back", total=len(federation.clients)) as task:
-        for client in federation.clients.values():
-            if federation.run.find("written_back", client=client.name) is None:
-                _write_back(federation, client)
+        for name in federation.clients:
+            if federation.run.find("written_back", client=name) is None:
+                _write_back(federation, federation.client_at(federation.plan.config.rounds, name))
             task.advance()
 
 

@@ -12,6 +12,7 @@ import torch
 from prufed_plugins.api import AdaptedModel, TrainingData, TuneResult, TuneStep
 from prufed_plugins.params import LoraParams
 from prufed_plugins.testing import check_tuner
+from prufed_plugins.tuners.ffa import FfaTuner
 from prufed_plugins.tuners.lora import LoraTuner
 
 
@@ -74,11 +75,32 @@ def _swallow(model: AdaptedModel) -> None:
         parameter.data.nan_to_num_()
 
 
+def _prune(model: AdaptedModel, result: TuneResult) -> TuneResult:
+    return replace(result, rank=2)
+
+
+def _prune_all(model: AdaptedModel, result: TuneResult) -> TuneResult:
+    return replace(result, rank=0)
+
+
+class Restless(FfaTuner):
+    """Says that it leaves A alone, and trains it."""
+
+    def __init__(self) -> None:
+        super().__init__(LoraParams(batch_size=8))
+
+    def tune(self, model: AdaptedModel, *args: Any, **rest: Any) -> TuneResult:
+        return LoraTuner(LoraParams(batch_size=8)).tune(model, *args, **rest)
+
+
 @pytest.mark.parametrize(
     ("make", "check"),
     [
         (lambda: Faulty(after=_half), "returns_the_adapter"),
         (lambda: Faulty(after=_dense), "holds_masks_at_every_step"),
+        (Restless, "leaves_resting_factors_alone"),
+        (lambda: Faulty(after=_prune), "says_how_many_ranks_stay"),
+        (lambda: Faulty(after=_prune_all), "says_how_many_ranks_stay"),
         (lambda: Faulty(before=_fill), "holds_masks_at_every_step"),
         (lambda: Faulty(before=_touch_base), "leaves_the_base_alone"),
         (lambda: Faulty(after=_train_mode), "leaves_the_base_alone"),
@@ -89,7 +111,7 @@ def _swallow(model: AdaptedModel) -> None:
         (lambda: Faulty(before=_swallow), "refuses_a_loss_that_is_not_finite"),
     ],
 )
-def test_the_kit_catches(make: Callable[[], Faulty], check: str) -> None:
+def test_the_kit_catches(make: Callable[[], LoraTuner], check: str) -> None:
     failed = {found.name: found.failure for found in check_tuner(make).checks if not found.passed}
     assert check in failed
 

@@ -12,7 +12,7 @@ from prufed_cli.models.adapters import AttachedAdapter
 from prufed_plugins.api import TrainingData, TuneResult
 from prufed_plugins.discover import build
 from prufed_plugins.testing import check_tuner
-from prufed_plugins.tuners.training import add_pull
+from prufed_plugins.tuners.fedprox import add_pull
 
 SETTINGS = {"batch_size": 10, "micro_batch_size": 10, "lr": 1e-2}
 

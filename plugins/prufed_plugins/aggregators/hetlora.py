@@ -1,8 +1,8 @@
 """HetLoRA: clients of unequal rank, padded with zeros and weighted by the norm of their update.
 
 Cho et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models",
-https://arxiv.org/abs/2401.06432. Truncation is write-back's; self-pruning of ranks is a matter of
-training and not part of the aggregation.
+https://arxiv.org/abs/2401.06432. Truncation is write-back's, self-pruning of ranks is the tuner's
+(:mod:`prufed_plugins.tuners.hetlora`).
 """
 
 from __future__ import annotations

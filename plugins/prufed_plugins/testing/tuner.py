@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from prufed_plugins.api import TrainingData, Tuner, TuneResult, TuneStep
 from prufed_plugins.errors import MethodError
-from prufed_plugins.masks import nested_mask
+from prufed_plugins.masks import nested_mask, split_factor
 from prufed_plugins.testing.checks import Outcome, run_checks
 
 RANK = 4
@@ -33,6 +33,8 @@ def check_tuner(make: Callable[[], Tuner]) -> Outcome:
         (
             returns_the_adapter,
             changes_the_adapter,
+            leaves_resting_factors_alone,
+            says_how_many_ranks_stay,
             holds_masks_at_every_step,
             leaves_the_base_alone,
             counts_its_steps,
@@ -62,6 +64,26 @@ def changes_the_adapter(tuner: Tuner) -> None:
     before = model.state()
     after = _tune(tuner, model).tensors
     assert any(not torch.equal(after[name], before[name]) for name in before), "nothing changed"
+
+
+def leaves_resting_factors_alone(tuner: Tuner) -> None:
+    """A factor that its ``trains`` does not name for a round comes back bit for bit."""
+    trains = getattr(tuner, "trains", None)
+    for round_index in (0, 1):
+        model = LowRankModel()
+        before = model.state()
+        result = _tune(tuner, model, round_index=round_index)
+        for name, tensor in result.tensors.items():
+            if trains is not None and split_factor(name)[1] not in trains(round_index):
+                assert torch.equal(tensor, before[name]), f"{name} changed in round {round_index}"
+
+
+def says_how_many_ranks_stay(tuner: Tuner) -> None:
+    """Where ranks go, 1 to r of them stay, and its ``prunes_ranks`` says that they may go."""
+    rank = _tune(tuner, LowRankModel()).rank
+    assert rank is None or 1 <= rank <= RANK, f"it keeps {rank} of {RANK} ranks"
+    pruned = rank is not None and rank < RANK
+    assert not pruned or getattr(tuner, "prunes_ranks", False), "it prunes ranks unsaid"
 
 
 def holds_masks_at_every_step(tuner: Tuner) -> None:
@@ -210,8 +232,9 @@ def _tune(
     *,
     seed: int = 0,
     on_step: Callable[[TuneStep], None] = lambda step: None,
+    round_index: int = 0,
 ) -> TuneResult:
-    return tuner.tune(model, _data(), seed, on_step, round_index=0, pad_token_id=0)
+    return tuner.tune(model, _data(), seed, on_step, round_index=round_index, pad_token_id=0)
 
 
 def _assert_masked(tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor], when: str) -> None:

@@ -2,44 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from prufed_plugins.api import AdaptedModel, Factors, TrainingData, TuneResult, TuneStep
-from prufed_plugins.params import FfaParams
-from prufed_plugins.tuners.training import train
+from prufed_plugins.api import Factors
+from prufed_plugins.tuners.lora import LoraTuner
 
 
-class FfaTuner:
-    """LoRA that trains B alone.
+class FfaTuner(LoraTuner):
+    """LoRA that trains B alone, and sends B alone.
 
     With one A for all clients the mean of the products is the product of the mean,
     ``Σ p_i B_i A = (Σ p_i B_i) A``: averaging factors loses nothing.
     """
 
-    def __init__(self, params: FfaParams) -> None:
-        self.params = params
-
     def trains(self, round_index: int) -> Factors:
         """Return ``B``, in every round."""
         return "B"
-
-    def tune(
-        self,
-        model: AdaptedModel,
-        data: TrainingData,
-        seed: int,
-        on_step: Callable[[TuneStep], None],
-        *,
-        round_index: int,
-        pad_token_id: int,
-    ) -> TuneResult:
-        """Return the adapter with B trained and A untouched, bit for bit."""
-        return train(
-            model,
-            data,
-            self.params,
-            seed=seed,
-            on_step=on_step,
-            pad_token_id=pad_token_id,
-            factors=self.trains(round_index),
-        )

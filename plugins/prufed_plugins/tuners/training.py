@@ -23,6 +23,9 @@ from prufed_plugins.params import LoraParams
 IGNORE = -100
 """The label of a token without loss."""
 
+Penalty = Callable[[Mapping[str, nn.Parameter]], None]
+"""Adds to the gradients of the trained parameters, by local name, before they are clipped."""
+
 _WINDOW = 16
 """Batches that are sorted by length together: enough to save padding, few enough to stay mixed."""
 
@@ -36,7 +39,7 @@ def train(
     on_step: Callable[[TuneStep], None],
     pad_token_id: int,
     factors: Factors = "AB",
-    mu: float = 0.0,
+    penalty: Penalty | None = None,
 ) -> TuneResult:
     """Train the adapter with AdamW and return its tensors.
 
@@ -52,7 +55,7 @@ def train(
         on_step: told about each optimizer step.
         pad_token_id: any id the model knows; padding is masked and carries no loss.
         factors: which are trained; the others stay as they are, bit for bit.
-        mu: weight of a pull towards where the adapter started, see :func:`add_pull`.
+        penalty: adds the gradient of what the loss of the text is accompanied by.
 
     Raises:
         MethodError: no row has a token to learn from, or the loss or a gradient is not finite.
@@ -66,7 +69,6 @@ def train(
     steps = settings.epochs * math.ceil(len(rows) / settings.batch_size)
     total = steps if settings.max_steps is None else min(steps, settings.max_steps)
     trained = {name: p for name, p in model.parameters.items() if split_factor(name)[1] in factors}
-    start = {name: p.detach().clone() for name, p in trained.items()} if mu else {}
     parameters = list(trained.values())
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
     losses: list[float] = []
@@ -76,7 +78,8 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * _decay(step - 1, total, settings.warmup_steps)
             losses.append(_accumulate(model, data, batch, settings, pad_token_id, step))
-            add_pull(trained, start, mu)
+            if penalty is not None:
+                penalty(trained)
             _mask_gradients(model)
             _clip(parameters, settings.max_grad_norm, step)
             optimizer.step()
@@ -186,22 +189,12 @@ def summed_loss(
     return F.cross_entropy(chosen, targets[learned], reduction="sum"), int(learned.sum())
 
 
-def add_pull(
-    parameters: Mapping[str, nn.Parameter], start: Mapping[str, Tensor], mu: float
-) -> None:
-    """Add the gradient μ (θ − θ_g) of FedProx's term μ/2 ‖θ − θ_g‖² (1812.06127, Equation 2).
-
-    Args:
-        parameters: θ by name, with gradients; masked-out entries are zero in θ and θ_g alike.
-        start: θ_g by the same names; looked at only where ``mu`` is not 0.
-        mu: μ ≥ 0.
-    """
-    for name, parameter in parameters.items() if mu else ():
-        pull = parameter.detach() - start[name]
-        if parameter.grad is None:
-            parameter.grad = pull.mul_(mu)
-        else:
-            parameter.grad.add_(pull, alpha=mu)
+def add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
+    """Add to a parameter's gradient, which it may not have yet."""
+    if parameter.grad is None:
+        parameter.grad = gradient.to(parameter.dtype)
+    else:
+        parameter.grad.add_(gradient)
 
 
 def _mask_gradients(model: AdaptedModel) -> None:
