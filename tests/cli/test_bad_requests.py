@@ -213,7 +213,7 @@ def test_federations_that_cannot_be(
         ("tuner.lrr=1", "did you mean `lr`?"),
         ("nowhere.lr=1", "nowhere: unknown key"),
         ("rounds=none", "rounds"),
-        ("clients.0=1", "clients is not a section"),
+        ("clients.0=1", "clients is a list"),
     ],
 )
 def test_settings_that_replace_nothing(
