@@ -57,13 +57,7 @@ def write_back(
             or the client's own tensor is unknown or missing.
     """
     _check(state, scaling, rank, share)
-    if window is not None and (
-        len(window) != rank or len(set(window) & set(range(state.rank))) != rank
-    ):
-        raise MethodError(
-            f"window {list(window)} is not {rank} of the {state.rank} ranks",
-            "report it to the author of the aggregator",
-        )
+    _check_window(window, rank, state.rank)
     names = [name for name in state.tensors if in_layers(name, kept_layers)]
     _check_names("mask", set(masks or ()) - set(names), "unknown")
     if share > 0 or personal:
@@ -95,6 +89,16 @@ def _check(state: GlobalState, scaling: float, rank: int, share: float) -> None:
         raise MethodError(
             f"rank {rank} is not between 1 and the global rank {state.rank}",
             f"give the client a rank of at most {state.rank}",
+        )
+
+
+def _check_window(window: Sequence[int] | None, rank: int, global_rank: int) -> None:
+    if window is not None and (
+        len(window) != rank or len(set(window) & set(range(global_rank))) != rank
+    ):
+        raise MethodError(
+            f"window {list(window)} is not {rank} of the {global_rank} ranks",
+            "report it to the author of the aggregator",
         )
 
 

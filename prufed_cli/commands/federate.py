@@ -41,15 +41,11 @@ def command(
 
     An interrupted run goes on with --resume RUN and ends with the same bytes.
     """
-    from prufed_cli.config import load
     from prufed_cli.errors import USAGE, PrufedError
-    from prufed_cli.federation.federate import federate, set_values
-    from prufed_cli.federation.plan import make_plan
+    from prufed_cli.federation.federate import federate
     from prufed_cli.federation.plan_report import describe, warnings
-    from prufed_cli.home import open_registry
     from prufed_cli.output import emit_json, print_line, reporter
     from prufed_cli.plugins_report import warn_failures
-    from prufed_plugins.discover import parse_settings
 
     telling = reporter(quiet=quiet or as_json)
     warn_failures(telling)
@@ -60,16 +56,7 @@ def command(
             )
         result = federate(resume=resume, reporter=telling)
     else:
-        if clients is None:
-            raise PrufedError(
-                "no configuration given",
-                "use --clients clients.yaml; `prufed init` writes one to start from",
-                USAGE,
-            )
-        config = load(clients)
-        if settings:
-            config = set_values(config, parse_settings(settings))
-        plan = make_plan(config, open_registry())
+        plan = _planned(clients, settings or [])
         for warning in warnings(plan):
             telling.warn(warning)
         if dry_run:
@@ -77,7 +64,7 @@ def command(
             emit_json(describe(plan)) if as_json else _print_plan(plan)
             return
         _tell(plan, telling)
-        result = federate(config=config, reporter=telling)
+        result = federate(config=plan.config, reporter=telling)
     if as_json:
         emit_json(
             {
@@ -90,6 +77,27 @@ def command(
         return
     telling.note(f"`prufed runs show {result.run.id}` tells what happened in each round")
     print_line(result.artifact.ref)
+
+
+def _planned(clients: Path | None, settings: list[str]) -> Plan:
+    """Return the plan of a configuration file, with values replaced."""
+    from prufed_cli.config import load
+    from prufed_cli.errors import USAGE, PrufedError
+    from prufed_cli.federation.federate import set_values
+    from prufed_cli.federation.plan import make_plan
+    from prufed_cli.home import open_registry
+    from prufed_plugins.discover import parse_settings
+
+    if clients is None:
+        raise PrufedError(
+            "no configuration given",
+            "use --clients clients.yaml; `prufed init` writes one to start from",
+            USAGE,
+        )
+    config = load(clients)
+    return make_plan(
+        set_values(config, parse_settings(settings)) if settings else config, open_registry()
+    )
 
 
 def _rehearse(plan: Plan, telling: Reporter) -> None:
