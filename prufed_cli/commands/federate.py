@@ -57,9 +57,9 @@ def command(
         result = federate(resume=resume, reporter=telling)
     else:
         plan = _planned(clients, settings or [])
-        for warning in warnings(plan):
-            telling.warn(warning)
         if dry_run:
+            for warning in warnings(plan):
+                telling.warn(warning)
             _rehearse(plan, telling)
             emit_json(describe(plan)) if as_json else _print_plan(plan)
             return

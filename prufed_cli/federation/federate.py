@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from prufed_cli.errors import INTEGRITY, USAGE, Interrupted, PrufedError
 from prufed_cli.federation import journal
 from prufed_cli.federation.plan import Plan, make_plan
-from prufed_cli.federation.plan_report import describe
+from prufed_cli.federation.plan_report import describe, warnings
 from prufed_cli.progress import SILENT, Reporter
 from prufed_plugins.errors import MethodError
 
@@ -86,6 +86,8 @@ def federate(
             with _resumable(run, reporter):
                 return _finish(prepare(run, _planned(run, registry), registry, reporter))
     plan = make_plan(config or _load(clients), registry)
+    for warning in warnings(plan):
+        reporter.warn(warning)
     run = start(plan, runs)
     try:
         reporter.note(f"run {run.id}")

@@ -133,12 +133,25 @@ def warnings(plan: Plan) -> Iterator[str]:
             "entry that only some tiers have is learned from other data than one that all have; "
             "spread the rows evenly, or compare aggregator.beta 0 and 1"
         )
+    if plan.config.server_optimizer is not None and _shortens(plan):
+        yield (
+            "heteagg lets the global adapter join the mean, which shortens the step before "
+            "the server optimizer takes it; aggregator.include_global=false leaves it alone"
+        )
     weighed = [client.name for client in plan.clients if client.weight != plan.clients[0].weight]
     if weighed and not weighting(plan).extra:
         yield (
             f"{plan.config.aggregator.name} does not weigh: weight and tier_weight change nothing "
             "in it"
         )
+
+
+def _shortens(plan: Plan) -> bool:
+    """Return whether the aggregator takes a shorter step than to the mean, in some round."""
+    if plan.config.aggregator.name != "heteagg":
+        return False
+    joins = _parameters("aggregator", plan.config.aggregator)["include_global"]
+    return bool(joins) and (joins != "auto" or any(len(names) == 1 for names in plan.sampled))
 
 
 # --- for people ----------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from prufed_cli.errors import USAGE, PrufedError
@@ -11,7 +10,6 @@ from prufed_cli.federation.resting import resting_factors
 
 if TYPE_CHECKING:
     from prufed_cli.federation.plan import Plan
-    from prufed_cli.federation.state import Federation
     from prufed_plugins.api import Aggregator
 
 
@@ -87,21 +85,3 @@ def refuse_fewer_ranks(plan: Plan, aggregator: Aggregator) -> None:
                 "choose the aggregator hetlora, or another that mixes ranks; or the tuner lora",
                 USAGE,
             )
-
-
-def warn_of_two_steps(federation: Federation, sampled: Sequence[Sequence[str]]) -> None:
-    """Say where the aggregator shortens the step before the server optimizer takes its own.
-
-    Args:
-        federation: the run.
-        sampled: the clients of every round; where one is alone, heteagg's ``auto`` shortens it.
-    """
-    aggregator = federation.plan.config.aggregator
-    joins = aggregator.settings.get("include_global", "auto")
-    if joins == "auto":
-        joins = any(len(names) == 1 for names in sampled)
-    if federation.optimizer is not None and aggregator.name == "heteagg" and joins:
-        federation.reporter.warn(
-            "heteagg lets the global adapter join the mean, which shortens the step before "
-            "the server optimizer takes it; aggregator.include_global=false leaves it alone"
-        )

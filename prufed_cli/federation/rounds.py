@@ -14,7 +14,6 @@ from prufed_cli.errors import PrufedError
 from prufed_cli.federation.evaluating import evaluate_round
 from prufed_cli.federation.merging import merge_round
 from prufed_cli.federation.plan import sample_rounds
-from prufed_cli.federation.refusals import warn_of_two_steps
 from prufed_cli.federation.rehearsal import rehearse
 from prufed_cli.federation.server_state import load_state
 from prufed_cli.federation.tuning import tune_clients
@@ -60,7 +59,6 @@ def _prepared(federation: Federation) -> tuple[tuple[str, ...], ...]:
     merged = federation.run.find("merged")
     if federation.optimizer is not None and merged is not None:
         load_state(federation.run.directory, merged["optimizer"], federation.optimizer)
-    warn_of_two_steps(federation, sampled)
     return sampled
 
 
