@@ -143,6 +143,22 @@ def test_the_server_optimizer_goes_on_where_it_was(
     assert [state_name for state_name, _ in states[0]] == ["optimizer-2.safetensors"]
 
 
+@pytest.mark.slow
+def test_pruned_ranks_are_the_same_after_a_kill(
+    tmp_path: Path, configuration: dict[str, Any]
+) -> None:
+    configuration["tuner"] |= {"name": "hetlora", "lam": 3.0, "epochs": 2}
+    configuration |= {"rounds": 3, "aggregator": {"name": "hetlora"}}
+    configuration["clients"] = configuration["clients"][:2]
+    run(tmp_path / "whole", configuration)
+    start_and_kill(tmp_path / "killed", configuration, lambda home: journalled(home, "client") >= 3)
+    resume_and_kill(tmp_path / "killed", lambda home: published(home, 5))
+    resume(tmp_path / "killed", "fed-1")
+    assert adapters(tmp_path / "killed") == adapters(tmp_path / "whole")
+    ended = journal.load(tmp_path / "killed" / "runs", "fed-1")
+    assert min(event["rank"] for event in ended.select("client")) < 4
+
+
 def test_a_lost_state_of_the_server_optimizer_is_noticed(
     tmp_path: Path, configuration: dict[str, Any]
 ) -> None:
