@@ -109,9 +109,10 @@ def _rehearse(plan: Plan, telling: Reporter) -> None:
     if directory is None:
         telling.warn(f"{plan.base} is not here yet: whether its clients can be merged is not known")
         return
+    from prufed_cli.federation.beginning import begin
     from prufed_cli.federation.rehearsal import rehearse_plan
 
-    rehearse_plan(plan, directory)
+    rehearse_plan(plan, begin(plan.config, directory).state)
 
 
 def _print_plan(plan: Plan) -> None:

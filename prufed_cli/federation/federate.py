@@ -210,16 +210,18 @@ def prepare(run: journal.Run, plan: Plan, registry: Registry, reporter: Reporter
         PrufedError: the device, the models or the tasks do not allow the run.
         MethodError: the aggregator cannot merge what the clients would send.
     """
+    from prufed_cli.federation.beginning import begin
     from prufed_cli.federation.making import make_federation
     from prufed_cli.federation.rehearsal import rehearse_plan
     from prufed_cli.models.base import choose_device, find_base
 
     choose_device(plan.config.device)
     full = find_base(plan.base, registry)
-    rehearse_plan(plan, full.path)
+    beginning = begin(plan.config, full.path)
+    rehearse_plan(plan, beginning.state)
     bases = _submodels(plan, full, registry, reporter)
     _check_unchanged(run, full, bases)
-    federation = make_federation(run, plan, registry, full, bases, reporter)
+    federation = make_federation(run, plan, registry, full, bases, beginning, reporter)
     if run.find("started") is None:
         run.record(
             "started",

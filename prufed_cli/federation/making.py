@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from prufed_cli.federation.beginning import begin
 from prufed_cli.federation.clients import make_client
 from prufed_cli.federation.local import LocalEngine
 from prufed_cli.federation.scoring import Scoring
@@ -13,6 +12,7 @@ from prufed_cli.federation.state import Federation
 from prufed_plugins.discover import build
 
 if TYPE_CHECKING:
+    from prufed_cli.federation.beginning import Beginning
     from prufed_cli.federation.journal import Run
     from prufed_cli.federation.plan import Plan
     from prufed_cli.progress import Reporter
@@ -25,6 +25,7 @@ def make_federation(
     registry: Registry,
     full: Artifact,
     bases: Mapping[str, Artifact],
+    beginning: Beginning,
     reporter: Reporter,
 ) -> Federation:
     """Return a federation at its start.
@@ -35,6 +36,7 @@ def make_federation(
         registry: where artifacts go.
         full: the full model.
         bases: every client's sub-model by client name.
+        beginning: the global adapter before the first round.
         reporter: is told how far the run is.
 
     Raises:
@@ -42,7 +44,6 @@ def make_federation(
         MethodError: a method cannot be made, for want of what it requires.
     """
     config = plan.config
-    beginning = begin(config, full.path)
     layers = beginning.state.layers
     clients = {
         client.name: make_client(client, bases[client.name], full, layers, config.seed, registry)

@@ -167,7 +167,7 @@ def heading(plan: Plan) -> list[str]:
         step = f"{optimizer.name}{_listed(_parameters('optimizer', optimizer))}"
     return [
         f"base        {plan.base}{layers}",
-        f"rounds      {config.rounds} of {_clients(config.min_clients)}, seed {config.seed}",
+        f"rounds      {config.rounds}, each of {_clients(config.min_clients)}, seed {config.seed}",
         f"sampler     {config.sampler.name}{_listed(_parameters('sampler', config.sampler))}",
         f"tuner       {config.tuner.name}{_listed(_parameters('tuner', config.tuner))}",
         *_aggregation(plan),

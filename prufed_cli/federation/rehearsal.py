@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prufed_cli.federation.beginning import begin
 from prufed_cli.federation.clients import make_spec
 from prufed_cli.federation.refusals import (
     refuse_fewer_ranks,
@@ -29,7 +27,7 @@ if TYPE_CHECKING:
     from prufed_cli.federation.plan import ClientPlan, Plan
 
 
-def rehearse_plan(plan: Plan, directory: Path) -> None:
+def rehearse_plan(plan: Plan, state: GlobalState) -> None:
     """Refuse what the methods of a plan cannot do, before anything is made.
 
     Of a client whose layers are still to be chosen only the number counts: it is taken to have the
@@ -37,10 +35,10 @@ def rehearse_plan(plan: Plan, directory: Path) -> None:
 
     Args:
         plan: the run.
-        directory: of the full model; only its configuration is looked at.
+        state: the first global adapter.
 
     Raises:
-        PrufedError: the methods do not go together, or the adapter does not fit the model.
+        PrufedError: the methods do not go together.
         MethodError: the aggregator cannot merge the ranks, the depths or the number of clients.
     """
     aggregator: Aggregator = build(
@@ -49,7 +47,6 @@ def rehearse_plan(plan: Plan, directory: Path) -> None:
     refuse_other_starts(plan, aggregator)
     refuse_other_bases(plan, aggregator)
     refuse_fewer_ranks(plan, aggregator)
-    state = begin(plan.config, directory).state
     updates = {client.name: _planned(client, plan, state) for client in plan.clients}
     _rehearse(plan.sampled, updates, aggregator, state)
 
