@@ -147,6 +147,8 @@ def _print_method(entry: Entry) -> None:
 
 _SHOWN: Final = {"passed": "pass", "broken by design": "design", "failed": "FAIL"}
 
+_MARKS: Final = {"passed": "ok", "broken by design": "d", "failed": "X"}
+
 
 def _print_outcomes(checked: Sequence[CheckedMethod], left_out: Sequence[str]) -> None:
     """Print one method check by check, several as a table per kind with the reasons below."""
@@ -182,27 +184,30 @@ def _print_checks(method: CheckedMethod) -> None:
 
 def _print_matrix(kind: str, methods: Sequence[CheckedMethod]) -> None:
     """Print methods by contracts, what the contracts say, and every reason."""
-    from prufed_cli.output import print_line, table
+    from prufed_cli.output import print_line
 
     statements = {c.contract: c.statement for method in methods for c in method.checks}
     headings = {
         contract: contract if contract.startswith("C") else str(number)
         for number, contract in enumerate(statements, start=1)
     }
-    rows = []
+    width = max(len(name) for name in (kind, *(method.entry.name for method in methods)))
+    # a table of its own: folded at the edge of a terminal, it could not be read
+    print_line("".join([kind.ljust(width), *(f"{text:>4}" for text in headings.values())]))
     for method in methods:
-        verdicts = {check.contract: _SHOWN[check.verdict] for check in method.checks}
-        rows.append([method.entry.name, *(verdicts.get(name, "") for name in statements)])
-    table([kind, *headings.values()], rows)
+        marks = {check.contract: _MARKS[check.verdict] for check in method.checks}
+        cells = (f"{marks.get(name, ''):>4}" for name in statements)
+        print_line("".join([method.entry.name.ljust(width), *cells]).rstrip())
+    print_line("ok: kept, d: given up by design, X: broken; what each says:")
     for contract, statement in statements.items():
         print_line(f"{headings[contract]:>4}  {statement}")
-    print_line("")
     for verdict in ("broken by design", "failed"):
         for method in methods:
             for check in method.checks:
                 if check.verdict == verdict:
                     where = f"{method.label}, {headings[check.contract]}"
                     print_line(f"{_SHOWN[verdict]}  {where}: {_reason(check)}")
+    print_line("")
 
 
 def _reason(check: Check) -> str | None:

@@ -77,8 +77,8 @@ def test_check_prints_every_check(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "check", "uniform", "iid", "--quiet")
     assert code == 0
     assert "16 of 16 checks passed" in out
-    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if "pass" in line}
-    assert rows["uniform"] == rows["iid"] == ["pass"] * 8
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if " ok " in line}
+    assert rows["uniform"] == rows["iid"] == ["ok"] * 8
 
 
 def test_check_of_one_method_prints_what_must_hold(capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,9 +92,10 @@ def test_check_of_one_method_prints_what_must_hold(capsys: pytest.CaptureFixture
 def test_check_says_what_is_broken_by_design_and_why(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "check", "fedavg", "heteagg-layer", "--quiet")
     assert code == 0
-    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if "pass" in line}
-    assert rows["fedavg"] == ["design", *["pass"] * 3, "design", *["pass"] * 10]
-    assert rows["heteagg-layer"] == ["pass"] * 15
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if " ok " in line}
+    assert rows["fedavg"] == ["d", *["ok"] * 3, "d", *["ok"] * 10]
+    assert rows["heteagg-layer"] == ["ok"] * 15
+    assert all(len(line) <= 80 for line in out.splitlines() if " ok " in line)
     assert "design  aggregator fedavg, C1: absent entries are averaged as zeros" in out
     assert "28 of 30 checks passed, 2 broken by design" in out
 
