@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,7 @@ from prufed_plugins.api import GlobalState, Update
 from prufed_plugins.diagnostics import LARGEST_CROSS_TERM, Sending, measure
 from prufed_plugins.discover import build
 from prufed_plugins.screening import screen
+from prufed_plugins.testing.federation import random_state, random_update
 
 MODULES = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)]
 RANK, D, K = 3, 7, 5
@@ -180,6 +182,52 @@ def test_without_clipping_the_tensors_are_the_ones_that_came() -> None:
 
 
 # --- masks ---------------------------------------------------------------------------------------
+
+
+# --- where A began -------------------------------------------------------------------------------
+
+LARGE = random_state(layers=2, rank=8, k=40, d=16, seed=5)
+
+
+def with_a(name: str, change: Callable[[Tensor, torch.Generator], Tensor], seed: int) -> Update:
+    """Return an update that is the global adapter but for A, half of whose entries it lacks."""
+    generator = torch.Generator().manual_seed(seed)
+    sent = random_update(LARGE, name, seed=seed, density=0.5)
+    masks = sent.masks or {}
+    tensors = {}
+    for tensor_name, tensor in LARGE.tensors.items():
+        values = change(tensor, generator) if "lora_A" in tensor_name else tensor
+        tensors[tensor_name] = torch.where(masks[tensor_name], values, 0.0)
+    return replace(sent, tensors=tensors, scaling=4 * LARGE.scaling)
+
+
+@given(seed=st.integers(0, 1000), size=st.floats(0.4, 1.2))
+def test_an_a_drawn_anew_is_excluded(seed: int, size: float) -> None:
+    def anew(tensor: Tensor, generator: torch.Generator) -> Tensor:
+        return size * torch.randn(tensor.shape, generator=generator)
+
+    honest = with_a("honest", lambda tensor, generator: tensor / 2, seed)
+    found = screen([honest, with_a("other", anew, seed + 1)], LARGE)
+    assert list(found.excluded) == ["other"]
+    assert found.excluded["other"].startswith("its A is another than the one it was given (cosine ")
+
+
+@given(seed=st.integers(0, 1000), size=st.floats(0, 100))
+def test_however_far_training_went_no_a_is_taken_for_another(seed: int, size: float) -> None:
+    def trained(tensor: Tensor, generator: torch.Generator) -> Tensor:
+        return tensor / 2 + size * torch.randn(tensor.shape, generator=generator)
+
+    assert screen([with_a("far", trained, seed)], LARGE).excluded == {}
+
+
+def test_an_a_is_not_judged_where_clients_keep_it_or_where_it_is_small() -> None:
+    def anew(tensor: Tensor, generator: torch.Generator) -> Tensor:
+        return torch.randn(tensor.shape, generator=generator) / 2
+
+    kept = Sending(personal=frozenset("A"))
+    assert screen([with_a("other", anew, 1)], LARGE, sending=kept).excluded == {}
+    small = replace(client("other", draw(1)), tensors=draw(9))
+    assert screen([small], STATE).excluded == {}
 
 
 def test_masks_other_than_those_given_cost_the_client_its_round() -> None:
