@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 _INTEGERS: Final = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
+_ROWS: Final = 256
+"""Rows that are cleared at once, so that what lies between stays small."""
+
 
 def is_finite(tensor: Tensor) -> bool:
     """Return whether no entry is NaN or infinite: both survive a sum, which takes one fast pass."""
@@ -33,4 +36,7 @@ def clear(tensor: Tensor, kept: Tensor) -> None:
     Multiplying their bits by 0 or 1 leaves no negative zeros, as multiplying their values would.
     """
     bits = tensor.view(_INTEGERS[tensor.dtype.itemsize])
-    bits.mul_(kept.view(torch.uint8).to(bits.dtype))
+    for some, flags in zip(
+        torch.split(bits, _ROWS), torch.split(kept.view(torch.uint8), _ROWS), strict=True
+    ):
+        some.mul_(flags.to(bits.dtype))

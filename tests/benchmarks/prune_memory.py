@@ -1,4 +1,4 @@
-"""Peak memory of a prune, in a process of its own, over that of one which only imports.
+"""Peak memory of a prune, in a process of its own, over what imports leave resident. Linux only.
 
 python prune_memory.py make DIR                     write a random Llama of 110 M parameters
 python prune_memory.py prune DIR METHOD [MEMORY]    prune it and print the figures as JSON
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import random
-import resource
 import sys
 import tempfile
 from pathlib import Path
@@ -47,8 +46,15 @@ def make(directory: Path) -> None:
     (directory / "calibration.txt").write_text(" ".join(words))
 
 
+def reset_peak() -> int:
+    """Set the peak to what is resident now, and return that."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak()
+
+
 def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
 
 
 def prune(directory: Path, method: str, memory: str | None) -> dict[str, object]:
@@ -56,7 +62,7 @@ def prune(directory: Path, method: str, memory: str | None) -> dict[str, object]
     import prufed_cli
     from prufed_cli.models.base import find_base
     from prufed_cli.output import LineReporter
-    from prufed_cli.pruning.memory import parse_size
+    from prufed_cli.pruning.memory import parse_size, return_freed_memory
     from prufed_registry import Registry
 
     with tempfile.TemporaryDirectory(dir=directory.parent) as home:
@@ -64,7 +70,8 @@ def prune(directory: Path, method: str, memory: str | None) -> dict[str, object]
         base = find_base(str(directory), registry)
         tiny = prufed_cli.PruneRequest(sparsity=0.5, samples=1, length=16)
         prufed_cli.prune(tiny, registry=registry, device="cpu")  # imports all there is to import
-        before = peak()
+        return_freed_memory()
+        before = reset_peak()
         wanted = prufed_cli.PruneRequest(
             base=base.ref,
             method=method,

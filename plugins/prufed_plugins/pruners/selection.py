@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 COMPARED: Final = 32
 """Largest group whose ranks are counted by comparing its members pairwise; others are sorted."""
 
+PIECE: Final = 2**18
+"""Entries that are looked through for ties at once."""
+
 
 def check_target(target: PruneTarget) -> None:
     """Refuse a target that no element-wise pruner can meet.
@@ -131,12 +134,33 @@ def _kth_smallest(scores: Tensor, count: int) -> Tensor:
 
 
 def _drop_late_ties(chosen: Tensor, scores: Tensor, threshold: Tensor, count: int) -> None:
-    """Unmark, in place, the entries at the threshold that exceed the count of their row."""
-    rows = (chosen.sum(dim=-1) > count).nonzero().squeeze(-1)
-    below = scores[rows] < threshold[rows]
-    tied = scores[rows] == threshold[rows]
-    wanted = count - below.sum(dim=-1, keepdim=True)
-    chosen[rows] = below | (tied & (tied.cumsum(dim=-1, dtype=torch.int32) <= wanted))
+    """Unmark, in place, the last entries at the threshold, where a row has more than the count.
+
+    From the end and in pieces: weights in half precision tie by the thousand, and copies of a
+    whole matrix would be most of a prune's memory.
+    """
+    surplus = _true_in_rows(chosen) - count
+    rows = surplus.nonzero().squeeze(-1)
+    surplus, limits = surplus[rows, None], threshold[rows]
+    width = max(PIECE // rows.numel(), 1)
+    for end in range(scores.shape[1], 0, -width):
+        part = slice(max(end - width, 0), end)
+        tied = scores[rows, part] == limits
+        later = tied.flip(-1).cumsum(dim=-1, dtype=torch.int32).flip(-1)
+        dropped = tied & (later <= surplus)
+        chosen[rows, part] &= ~dropped
+        surplus -= dropped.sum(dim=-1, keepdim=True)
+        if not bool(surplus.any()):
+            return
+
+
+def _true_in_rows(mask: Tensor) -> Tensor:
+    """Return how many entries of each row are True, (rows,)."""
+    if mask.device.type != "cpu":
+        return mask.sum(dim=-1)
+    import numpy as np
+
+    return torch.from_numpy(np.count_nonzero(mask.numpy(), axis=-1))  # torch widens all of it first
 
 
 def smallest_of_groups(scores: Tensor, pattern: tuple[int, int]) -> Tensor:
