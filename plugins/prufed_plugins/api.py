@@ -292,6 +292,26 @@ class NestedPruner(Pruner, Protocol):
         """
 
 
+class NestedSurveyingPruner(SurveyingPruner, NestedPruner, Protocol):
+    """A pruner whose one look at the dense model serves several targets.
+
+    Without this, a pruner that both surveys and nests is asked to :meth:`survey` for each target.
+    """
+
+    def survey_nested(
+        self,
+        decoder: Decoder,
+        calibration: Sequence[Tensor] | None,
+        targets: Sequence[PruneTarget],
+        progress: Progress,
+    ) -> Sequence[PruneTarget]:
+        """Return for each target what :meth:`survey` returns for it.
+
+        Called once, before :meth:`prune_nested` of a fresh run; a resumed run is given the same
+        answers.
+        """
+
+
 # --- aggregation ---------------------------------------------------------------------------------
 
 

@@ -30,7 +30,7 @@ from prufed_registry.durable import storage_errors
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from prufed_plugins.api import NestedPruner, SurveyingPruner
+    from prufed_plugins.api import NestedPruner, NestedSurveyingPruner, Progress, SurveyingPruner
     from prufed_registry import Artifact
 
 
@@ -118,10 +118,10 @@ def _prune(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, work: Work) -
 
 
 def _results(
-    job: Job, decoder: StreamedDecoder, work: Work, progress: Callable[[str, int, int], None]
+    job: Job, decoder: StreamedDecoder, work: Work, progress: Progress
 ) -> Iterator[Sequence[PrunedMatrix]]:
     """Yield one result per sub-model for every matrix that is still to be pruned."""
-    targets = [_surveyed(job, decoder, work, each) for each in range(len(job.made))]
+    targets = _surveyed(job, decoder, work)
     if job.nested:
         pruner = cast("NestedPruner", job.pruner)
         yield from pruner.prune_nested(decoder, _batches(job), targets, progress)
@@ -131,34 +131,41 @@ def _results(
         yield (result,)
 
 
-def _surveyed(job: Job, decoder: StreamedDecoder, work: Work, made: int) -> PruneTarget:
-    """Return the target of one sub-model, refined by the pruner's survey where it makes one."""
-    target = job.made[made].target
+def _surveyed(job: Job, decoder: StreamedDecoder, work: Work) -> Sequence[PruneTarget]:
+    """Return the targets, refined by the pruner's survey where it makes one.
+
+    The survey is kept with the work: a prune that goes on is given the answer of its beginning.
+    """
     if not hasattr(job.pruner, "survey"):
-        return target
-    pruner = cast("SurveyingPruner", job.pruner)
+        return [made.target for made in job.made]
 
     def ask() -> Mapping[str, Any]:
         with job.reporter.task("survey the model", total=len(decoder.blocks)) as task:
 
             def progress(what: str, done: int, of: int) -> None:
+                interrupts.check()
                 task.update(f"{what} {done}/{of}", total=of)
                 task.advance()
 
-            found = pruner.survey(decoder, _batches(job), target, progress)
-        return {
-            "sparsity": found.sparsity,
-            "pattern": found.pattern,
-            "per_matrix": None if found.per_matrix is None else dict(found.per_matrix),
-        }
+            return {"targets": [vars(one) for one in _survey(job, decoder, progress)]}
 
-    answer = work.answer(f"survey-{made}", ask)
+    return [_target_of(answer) for answer in work.answer("survey", ask)["targets"]]
+
+
+def _survey(job: Job, decoder: StreamedDecoder, progress: Progress) -> Sequence[PruneTarget]:
+    """Ask the pruner to look at the model: once for all targets, where it can."""
+    targets = [made.target for made in job.made]
+    if hasattr(job.pruner, "survey_nested"):
+        nested = cast("NestedSurveyingPruner", job.pruner)
+        return nested.survey_nested(decoder, _batches(job), targets, progress)
+    pruner = cast("SurveyingPruner", job.pruner)
+    return [pruner.survey(decoder, _batches(job), one, progress) for one in targets]
+
+
+def _target_of(answer: Mapping[str, Any]) -> PruneTarget:
+    """Return a target that went through JSON, which knows no tuples."""
     pattern = answer["pattern"]
-    return PruneTarget(
-        sparsity=answer["sparsity"],
-        pattern=None if pattern is None else (pattern[0], pattern[1]),
-        per_matrix=answer["per_matrix"],
-    )
+    return PruneTarget(**{**answer, "pattern": None if pattern is None else tuple(pattern)})
 
 
 def _batches(job: Job) -> Sequence[Any] | None:

@@ -109,8 +109,12 @@ def test_killed_again_and_again(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "extra",
-    [("--set", "layer_ratio=owl"), ("--nested", "--sparsity", "0.25,0.5")],
-    ids=["owl", "nested"],
+    [
+        ("--set", "layer_ratio=owl"),
+        ("--nested", "--sparsity", "0.25,0.5"),
+        ("--nested", "--sparsity", "0.25,0.5", "--set", "layer_ratio=owl"),
+    ],
+    ids=["owl", "nested", "nested-owl"],
 )
 def test_surveys_and_nested_sub_models_go_on_too(
     fork: Start,

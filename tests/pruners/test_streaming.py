@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import resource
 import shutil
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -34,7 +36,7 @@ from prufed_cli.models.decoder import open_decoder
 from prufed_cli.models.skeleton import open_skeleton
 from prufed_cli.models.slicing import slice_layers
 from prufed_cli.models.streaming import StreamedDecoder
-from prufed_cli.progress import Reporter
+from prufed_cli.progress import Reporter, Task
 from prufed_cli.pruning import (
     PruneRequest,
     at_sparsities,
@@ -321,6 +323,37 @@ def test_nested_sub_models_come_from_one_pass_and_lie_inside_one_another(
     assert all(one.reused for one in prune_several(requests, nested=True, device="cpu"))
     alone = prune(replace(requests[0], name=None), device="cpu")
     assert not alone.reused
+
+
+class Counting(Reporter, Task):
+    """Counts the blocks that each kind of step says it has been through."""
+
+    def __init__(self) -> None:
+        self.steps: Counter[str] = Counter()
+
+    @contextmanager
+    def task(self, description: str, total: float | None = None) -> Iterator[Task]:
+        yield self
+
+    def update(self, description: str | None = None, total: float | None = None) -> None:
+        self.steps[str(description).rpartition(" ")[0]] += 1
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "looks"),
+    [("wanda", {"layer_ratio": "owl"}, 1), ("magnitude", {"group": "global"}, 3), ("wanda", {}, 0)],
+)
+def test_nested_sub_models_are_surveyed_together(
+    llama: Any, saved: Save, text: Path, method: str, settings: dict[str, str], looks: int
+) -> None:
+    base = saved(llama)
+    requests = at_sparsities(request(base, text, method=method, settings=settings), [0.2, 0.4, 0.8])
+    counting = Counting()
+    made = prune_several(requests, nested=True, device="cpu", reporter=counting)
+    assert counting.steps["survey of block"] == looks * 6
+    assert counting.steps[f"prune with {method}: block"] == 6
+    found = [one.artifact.manifest.details["sparsity"] for one in made]
+    assert found == pytest.approx([0.2, 0.4, 0.8], abs=0.03)
 
 
 def test_nested_needs_a_method_that_can_and_several_sparsities(

@@ -55,6 +55,7 @@ def check_pruner(make: Callable[[], Pruner], target: PruneTarget | None = None) 
         ]
         checks += [_the_survey_changes_nothing] if hasattr(make(), "survey") else []
         checks += [_nested_masks_are_nested] if hasattr(make(), "prune_nested") else []
+        checks += [_one_survey_is_every_survey] if hasattr(make(), "survey_nested") else []
     else:
         checks += [told(_keeps_layers_in_order), told(_the_model_stays_as_it_is)]
         checks += [_layer_count_is_met] if target is HALF else []
@@ -312,6 +313,15 @@ def _the_survey_changes_nothing(pruner: Any) -> None:
     with_answer, without = _prune(pruner, decoder, target), _prune(pruner, TinyDecoder(), HALF)
     for one, other in zip(with_answer, without, strict=True):
         assert torch.equal(one.mask, other.mask), f"the mask of {one.name} differs"
+
+
+def _one_survey_is_every_survey(pruner: Any) -> None:
+    """A survey for several targets says for each what a survey for it alone says."""
+    calibration = tokens() if pruner.needs_calibration else None
+    targets = [PruneTarget(sparsity=sparsity) for sparsity in (0.25, 0.5, 0.75)]
+    together = pruner.survey_nested(TinyDecoder(), calibration, targets, lambda *_: None)
+    alone = [pruner.survey(TinyDecoder(), calibration, one, lambda *_: None) for one in targets]
+    assert list(together) == alone, "the answers differ"
 
 
 def _nested_masks_are_nested(pruner: Any) -> None:
