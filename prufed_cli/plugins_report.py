@@ -68,6 +68,7 @@ def _summary(entry: Entry) -> dict[str, Any]:
     return {
         "kind": entry.kind,
         "name": entry.name,
+        "alias_of": entry.method.alias_of,
         "summary": entry.method.summary,
         "paper": entry.method.paper,
         "requires": list(entry.method.requires),

@@ -60,10 +60,14 @@ class Method:
     Attributes:
         name: what a user types, ``[a-z0-9-]+``.
         target: ``package.module:Class``; the class is constructed with one ``params`` instance.
-        params: a frozen pydantic model with ``extra="forbid"``, defined in a torch-free module.
+        params: a frozen pydantic model with ``extra="forbid"``, defined in a torch-free module. A
+            parameter that names a file or a directory has the type :class:`pathlib.Path`: a recipe
+            then has the digest of what lies there.
         summary: one line for ``prufed plugins``.
         paper: citation and URL.
         requires: distributions that must be installed for the method to run.
+        alias_of: the name of the same plugin's method that this is another name of; what it makes
+            is what that one makes, and is called so.
     """
 
     name: str
@@ -72,6 +76,7 @@ class Method:
     summary: str
     paper: str | None = None
     requires: tuple[str, ...] = ()
+    alias_of: str | None = None
 
 
 class HookSpecs:

@@ -52,11 +52,6 @@ def _layer_pruners() -> Iterator[Method]:
             "even_alternate:EvenAlternate",
             "drop every other layer from the top, those of even number",
         ),
-        (
-            "top-alternate",
-            "even_alternate:EvenAlternate",
-            "alias of even-alternate, by the name on the PruFed poster",
-        ),
         ("symmetric", "symmetric:Symmetric", "drop the middle layers"),
     ):
         yield Method(
@@ -66,6 +61,14 @@ def _layer_pruners() -> Iterator[Method]:
             summary=summary,
             paper=sajjad,
         )
+    yield Method(
+        name="top-alternate",
+        target="prufed_plugins.pruners.even_alternate:EvenAlternate",
+        params=params.LayerDropParams,
+        summary="even-alternate by its name on the PruFed poster",
+        paper=sajjad,
+        alias_of="even-alternate",
+    )
     yield from _scoring_layer_pruners(sajjad)
     yield Method(
         name="explicit",

@@ -121,6 +121,22 @@ class Catalog:
             raise MethodError(f"no {kind} is called {name!r}", self._near(kind, name))
         return found
 
+    def canonical(self, kind: Kind, name: str) -> str:
+        """Return the one name of a method that may have several, by any spelling of any of them.
+
+        Raises:
+            MethodError: as :meth:`get`.
+        """
+        entry = self.get(kind, name)
+        if entry.method.alias_of is None:
+            return entry.name
+        return next(
+            other.name
+            for other in self.methods(kind)
+            if (other.distribution, other.method.name)
+            == (entry.distribution, entry.method.alias_of)
+        )
+
     def _find(self, kind: Kind, name: str) -> Entry | None:
         spelled = name.replace("_", "-")
         if (kind, spelled) in self.entries:
@@ -198,6 +214,15 @@ def build(kind: Kind, name: str, settings: Mapping[str, Any] | None = None) -> A
     """
     entry = catalog().get(kind, name)
     return construct(entry, settings or {})
+
+
+def canonical(kind: Kind, name: str) -> str:
+    """Return the name under which a method's work is known, whatever it was called by.
+
+    Raises:
+        MethodError: no such method.
+    """
+    return catalog().canonical(kind, name)
 
 
 def construct(entry: Entry, settings: Mapping[str, Any]) -> Any:

@@ -37,6 +37,7 @@ def load(point: EntryPoint) -> list[tuple[Kind, Method]]:
         manager = _register(point.name, plugin)
         methods = [(kind, method) for kind in HOOKS for method in _announced(manager, kind)]
     _check_distinct(methods)
+    _check_aliases(methods)
     return methods
 
 
@@ -131,6 +132,23 @@ def _check_distinct(methods: list[tuple[Kind, Method]]) -> None:
         if (kind, method.name) in seen:
             raise PluginContractError(f"it announces the {kind} {method.name} twice")
         seen.add((kind, method.name))
+
+
+def _check_aliases(methods: list[tuple[Kind, Method]]) -> None:
+    known = {(kind, method.name): method for kind, method in methods}
+    for kind, method in methods:
+        if method.alias_of is None:
+            continue
+        meant = known.get((kind, method.alias_of))
+        if meant is None or meant.alias_of is not None:
+            raise PluginContractError(
+                f"{method.name} is an alias of {_described(method.alias_of)}, "
+                f"which is no {kind} of its own here"
+            )
+        if (method.target, method.params) != (meant.target, meant.params):
+            raise PluginContractError(
+                f"{method.name} is an alias of {meant.name}, but has another target or params"
+            )
 
 
 def reason(error: BaseException) -> str:

@@ -5,6 +5,7 @@ A method's description must be readable without torch, so nothing here imports i
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -204,7 +205,7 @@ class ParameterParams(LayerDropParams):
     score: Literal["l1", "l2", "mean-abs", "variance", "movement"] = Field(
         default="l1", description="what a layer's weights are scored by; the lowest scores go"
     )
-    reference: str | None = Field(
+    reference: Path | None = Field(
         default=None,
         description="directory of the weights before tuning, which movement is measured from",
     )

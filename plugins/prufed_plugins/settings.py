@@ -268,6 +268,8 @@ def _number(bound: object) -> str:
 
 
 def _kind(schema: Mapping[str, Any]) -> str:
+    if schema.get("format") in {"path", "file-path", "directory-path"}:
+        return "a path"
     return _KINDS.get(schema.get("type", ""), str(schema.get("type", "another value")))
 
 

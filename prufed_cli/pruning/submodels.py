@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from prufed_cli.errors import USAGE, PrufedError
 from prufed_cli.progress import SILENT, Reporter
 from prufed_cli.pruning.job import LARGEST_FILE, Job, Made, Options, Score
+from prufed_cli.pruning.recipe import full_recipe, method_recipe
 from prufed_cli.pruning.request import (
     PruneRequest,
     check_nested,
@@ -196,12 +197,13 @@ def _job(
     from prufed_cli.home import open_registry
     from prufed_cli.models.base import choose_device, choose_dtype, find_base, stored_dtype
     from prufed_cli.pruning.work import sweep
-    from prufed_plugins.discover import build
+    from prufed_plugins.discover import build, canonical
     from prufed_registry.names import check_name
 
     for request in requests:
         if request.name is not None:
             check_name(request.name)
+    requests = [replace(each, method=canonical("pruner", each.method)) for each in requests]
     first = requests[0]
     targets = [parse_target(request) for request in requests]
     pruner: Pruner = build("pruner", first.method, method_settings(first))
@@ -209,6 +211,7 @@ def _job(
         check_target(pruner, target, request)
     if nested:
         check_nested(pruner, requests)
+    method = method_recipe(first, reporter)
     where = choose_device(device)
     chosen = choose_dtype(dtype, where)
     text = read_text(Path(first.perplexity)) if first.perplexity else None
@@ -219,7 +222,7 @@ def _job(
     stored = stored_dtype(base)
     together = [request.sparsity for request in requests] if nested else None
     made = [
-        Made(request, target, _recipe(request, calibration, text, dtype, together))
+        Made(request, target, full_recipe(request, method, calibration, text, dtype, together))
         for request, target in zip(requests, targets, strict=True)
     ]
     compute = stored if isinstance(chosen, str) else chosen
@@ -296,43 +299,6 @@ def _positions(base: Artifact) -> int | None:
         if isinstance(config.get(key), int) and config[key] > 0:
             return int(config[key])
     return None
-
-
-def _recipe(
-    request: PruneRequest,
-    calibration: Calibration | None,
-    text: TextFile | None,
-    dtype: str,
-    nested: Sequence[float | None] | None,
-) -> dict[str, Any]:
-    from prufed_plugins.discover import catalog
-
-    entry = catalog().get("pruner", request.method)
-    params = entry.method.params.model_validate(method_settings(request))
-    recipe: dict[str, Any] = {
-        "command": "prune",
-        "plugin": entry.method.name,
-        "plugin_version": f"{entry.distribution} {entry.version}",
-        "params": params.model_dump(mode="json"),
-        "target": {
-            "sparsity": request.sparsity,
-            "pattern": request.pattern,
-            "layers": request.layers,
-        },
-        "dtype": dtype,
-    }
-    if nested is not None:
-        recipe["nested"] = list(nested)
-    if calibration is not None:
-        recipe["calibration"] = {
-            "digest": calibration.digest,
-            "source": calibration.description,
-            "samples": request.samples,
-            "seed": request.seed,
-        }
-    if text is not None:
-        recipe["perplexity"] = {"file": text.path.name, "digest": text.digest}
-    return recipe
 
 
 def _known(job: Job, made: Made) -> Artifact | None:

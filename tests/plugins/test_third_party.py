@@ -172,6 +172,23 @@ BROKEN = {
         """,
         "Silent: (it cannot say why)",
     ),
+    "alias-of-nothing": (
+        """
+        @hookimpl
+        def prufed_samplers():
+            yield method("second", alias_of="first")
+        """,
+        "second is an alias of 'first', which is no sampler of its own here",
+    ),
+    "alias-of-another": (
+        """
+        @hookimpl
+        def prufed_samplers():
+            yield method("first")
+            yield method("second", target="elsewhere:Other", alias_of="first")
+        """,
+        "second is an alias of first, but has another target or params",
+    ),
     "same-twice": (
         """
         @hookimpl

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from prufed_cli.errors import INTEGRITY, PrufedError
+from prufed_cli.errors import INTEGRITY, NOT_FOUND, PrufedError
 from prufed_cli.evaluation.perplexity import measure_perplexity, read_text
 from prufed_cli.models.activations import Activations
 from prufed_cli.models.base import (
@@ -39,6 +39,7 @@ from prufed_cli.models.streaming import StreamedDecoder
 from prufed_cli.progress import Reporter, Task
 from prufed_cli.pruning import (
     PruneRequest,
+    PruneResult,
     at_sparsities,
     plan_prune,
     prune,
@@ -378,6 +379,49 @@ def test_compat_stands_for_the_published_threshold(llama: Any, saved: Save, text
     settings = {"threshold": "exact"}
     with pytest.raises(PrufedError, match="exclude each other"):
         prune(request(base, text, compat="reference", settings=settings), device="cpu")
+
+
+def test_two_names_of_a_method_make_one_artifact(llama: Any, saved: Save, text: Path) -> None:
+    base = saved(llama)
+    wanted = request(base, text, method="top-alternate", sparsity=None, layers=2)
+    made = prune(wanted, device="cpu")
+    assert made.artifact.name == "base-even-alternate-drop2"
+    assert made.artifact.manifest.recipe["plugin"] == "even-alternate"
+    for other in ("even-alternate", "even_alternate"):
+        again = prune(replace(wanted, method=other), device="cpu")
+        assert again.reused
+        assert again.artifact.digest == made.artifact.digest
+        anew = prune(replace(wanted, method=other), device="cpu", force=True).artifact
+        assert anew.digest == made.artifact.digest
+
+
+def test_a_reference_is_known_by_its_content(
+    llama: Any, saved: Save, text: Path, tmp_path: Path
+) -> None:
+    base, original = saved(llama), tmp_path / "original"
+    with torch.no_grad():
+        llama.model.layers[2].mlp.up_proj.weight += 1
+    llama.save_pretrained(original)
+
+    def made(reference: Path) -> PruneResult:
+        settings = {"score": "movement", "reference": str(reference)}
+        wanted = {"method": "parameter", "sparsity": None, "layers": 2, "settings": settings}
+        return prune(request(base, text, **wanted), device="cpu")
+
+    first = made(original)
+    assert 2 in first.report["kept_layers"]
+    assert first.artifact.manifest.recipe["params"]["reference"].startswith("sha256:")
+    elsewhere = shutil.copytree(original, tmp_path / "elsewhere" / "original")
+    assert made(elsewhere).artifact.ref == first.artifact.ref
+    with torch.no_grad():
+        llama.model.layers[4].mlp.up_proj.weight += 2
+    llama.save_pretrained(original)
+    other = made(original)
+    assert not other.reused
+    assert other.report["scores"] != first.report["scores"]
+    with pytest.raises(PrufedError, match=r"reference .*nowhere does not exist") as refusal:
+        made(tmp_path / "nowhere")
+    assert refusal.value.exit_code == NOT_FOUND
 
 
 def test_excluded_blocks_stay_as_they_are(llama: Any, saved: Save, text: Path) -> None:

@@ -8,7 +8,6 @@ their weights; movement is how far tuning took them from where they were.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from prufed_plugins.pruners.layers import ScoringLayerPruner
@@ -46,5 +45,5 @@ class Parameter(ScoringLayerPruner):
         Raises:
             MethodError: the reference cannot be read, or is another model's.
         """
-        origin = None if self._reference is None else ReferenceWeights(Path(self._reference))
+        origin = None if self._reference is None else ReferenceWeights(self._reference)
         return weight_scores(decoder, self._score, progress, origin)
