@@ -11,6 +11,7 @@ from prufed_cli.commands.options import Device, Dtype, Json, Quiet, Settings
 
 if TYPE_CHECKING:
     from prufed_cli.pruning import PruneResult
+    from prufed_cli.pruning.submodels import PruneOptions
 
 
 def command(
@@ -118,11 +119,12 @@ def command(
     requests = [request] if sparsity is None else at_sparsities(request, parse_sparsities(sparsity))
     telling = reporter(quiet=quiet or as_json)
     warn_failures(telling)
-    options: dict[str, Any] = {
+    options: PruneOptions = {
         "nested": nested,
         "device": device,
         "dtype": dtype,
         "max_memory": None if max_memory is None else parse_size(max_memory),
+        "force": force,
         "trust_remote_code": trust_remote_code,
         "reporter": telling,
     }
@@ -133,7 +135,7 @@ def command(
         else:
             print_line("\n".join(plan.lines()))
         return
-    results = prune_several(requests, force=force, **options)
+    results = prune_several(requests, **options)
     if as_json:
         documents = [_document(result) for result in results]
         emit_json(documents[0] if len(documents) == 1 else {"results": documents})

@@ -180,11 +180,17 @@ def check_target(pruner: Pruner, target: PruneTarget, request: PruneRequest) -> 
 
 
 def check_nested(pruner: Pruner, requests: Sequence[PruneRequest]) -> None:
-    """Refuse nested sub-models of a method that cannot make them, or of one sparsity."""
-    sparsities = [request.sparsity for request in requests]
-    if len(requests) < 2 or None in sparsities:
+    """Refuse nested sub-models of a method that cannot make them, or not of rising sparsities."""
+    sparsities = [one.sparsity for one in requests if one.sparsity is not None]
+    if len(requests) < 2 or len(sparsities) < len(requests):
         raise PrufedError(
             "--nested needs several sparsities", "for example --sparsity 0.25,0.5,0.75", USAGE
+        )
+    if sparsities != (ascending := sorted(sparsities)):
+        raise PrufedError(
+            "--nested needs ascending sparsities: each sub-model lies inside the one before",
+            f"write --sparsity {','.join(f'{one:g}' for one in ascending)}",
+            USAGE,
         )
     if not hasattr(pruner, "prune_nested"):
         raise PrufedError(

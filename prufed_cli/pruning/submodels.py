@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from prufed_cli.errors import USAGE, PrufedError
 from prufed_cli.progress import SILENT, Reporter
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from prufed_cli.evaluation.perplexity import Perplexity, TextFile
     from prufed_cli.models.calibration import Calibration
     from prufed_cli.pruning.plan import Plan
-    from prufed_plugins.api import Pruner
+    from prufed_plugins.api import Pruner, PruneTarget
     from prufed_registry import Artifact, Registry
 
 
@@ -43,18 +43,33 @@ class PruneResult:
     report: Mapping[str, Any]
 
 
-def prune(
-    request: PruneRequest,
-    *,
-    registry: Registry | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    max_memory: int | None = None,
-    largest_file: int = LARGEST_FILE,
-    force: bool = False,
-    trust_remote_code: bool = False,
-    reporter: Reporter = SILENT,
-) -> PruneResult:
+class PruneOptions(TypedDict, total=False):
+    """How to work, whatever is to be made; all may be left out.
+
+    Attributes:
+        nested: make sub-models of ascending sparsities in one pass, each inside the one before.
+        registry: where they go; that of this machine's user by default.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+        dtype: what to compute in; ``auto`` is float32 on the CPU.
+        max_memory: bytes that may be held; by default what is available.
+        largest_file: bytes of the largest weight file; a model that needs more has shards.
+        force: run even if the same recipe was run before, and from the first block.
+        trust_remote_code: whether code that comes with the model may run.
+        reporter: told the plan and how far it is.
+    """
+
+    nested: bool
+    registry: Registry | None
+    device: str
+    dtype: str
+    max_memory: int | None
+    largest_file: int
+    force: bool
+    trust_remote_code: bool
+    reporter: Reporter
+
+
+def prune(request: PruneRequest, **options: Unpack[PruneOptions]) -> PruneResult:
     """Prune a base and publish the sub-model as a new artifact of kind ``pruned``.
 
     The same recipe on the same base is not run twice unless ``force`` or another name is given. A
@@ -63,52 +78,20 @@ def prune(
 
     Args:
         request: what the sub-model is to be.
-        registry: where it goes; that of this machine's user by default.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
-        dtype: what to compute in; ``auto`` is float32 on the CPU.
-        max_memory: bytes that may be held; by default what is available.
-        largest_file: bytes of the largest weight file; a model that needs more has shards.
-        force: run even if the same recipe was run before, and from the first block.
-        trust_remote_code: whether code that comes with the model may run.
-        reporter: told the plan and how far it is.
+        options: how to work, see :class:`PruneOptions`.
 
     Raises:
         PrufedError: the request, the base or the calibration data is not usable.
         MethodError: the method cannot meet the target on this model.
     """
-    (result,) = prune_several(
-        [request],
-        registry=registry,
-        device=device,
-        dtype=dtype,
-        max_memory=max_memory,
-        largest_file=largest_file,
-        force=force,
-        trust_remote_code=trust_remote_code,
-        reporter=reporter,
-    )
+    (result,) = prune_several([request], **options)
     return result
 
 
 def prune_several(
-    requests: Sequence[PruneRequest],
-    *,
-    nested: bool = False,
-    registry: Registry | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    max_memory: int | None = None,
-    largest_file: int = LARGEST_FILE,
-    force: bool = False,
-    trust_remote_code: bool = False,
-    reporter: Reporter = SILENT,
+    requests: Sequence[PruneRequest], **options: Unpack[PruneOptions]
 ) -> list[PruneResult]:
     """Make several sub-models that differ only in their target, from one calibration text.
-
-    Args:
-        requests: what they are to be.
-        nested: make them in one pass, each inside the one before; they need ascending sparsities.
-        registry: as for :func:`prune`, and so the rest.
 
     Returns:
         One result per request, in their order.
@@ -116,42 +99,20 @@ def prune_several(
     Raises:
         PrufedError: as :func:`prune`; or the method cannot make nested sub-models.
     """
-    whole = _job(
-        requests,
-        nested=nested,
-        registry=registry,
-        device=device,
-        dtype=dtype,
-        options={
-            "max_memory": max_memory,
-            "largest_file": largest_file,
-            "force": force,
-            "trust_remote_code": trust_remote_code,
-        },
-        reporter=reporter,
-    )
+    whole = _job(requests, options)
+    force = whole.options.force
     known = [None if force else _known(whole, made) for made in whole.made]
     results = {index: _reused(whole, one) for index, one in enumerate(known) if one is not None}
     wanted = [index for index in range(len(whole.made)) if index not in results]
-    if nested and wanted:
+    if whole.nested and wanted:
         results |= _run(whole, wanted, wanted)
-    elif not nested:
+    elif not whole.nested:
         for index in wanted:
             results |= _run(replace(whole, made=(whole.made[index],)), [0], [index])
     return [results[index] for index in range(len(whole.made))]
 
 
-def plan_prune(
-    requests: Sequence[PruneRequest],
-    *,
-    nested: bool = False,
-    registry: Registry | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    max_memory: int | None = None,
-    trust_remote_code: bool = False,
-    reporter: Reporter = SILENT,
-) -> Plan:
+def plan_prune(requests: Sequence[PruneRequest], **options: Unpack[PruneOptions]) -> Plan:
     """Return what one pass would take, having checked everything :func:`prune_several` checks.
 
     Raises:
@@ -159,16 +120,8 @@ def plan_prune(
     """
     from prufed_cli.pruning.passes import plan_pass
 
-    whole = _job(
-        requests,
-        nested=nested,
-        registry=registry,
-        device=device,
-        dtype=dtype,
-        options={"max_memory": max_memory, "trust_remote_code": trust_remote_code},
-        reporter=reporter,
-    )
-    return plan_pass(whole if nested else replace(whole, made=whole.made[:1]))
+    whole = _job(requests, options)
+    return plan_pass(whole if whole.nested else replace(whole, made=whole.made[:1]))
 
 
 def _run(job: Job, wanted: Sequence[int], indices: Sequence[int]) -> dict[int, PruneResult]:
@@ -182,65 +135,68 @@ def _run(job: Job, wanted: Sequence[int], indices: Sequence[int]) -> dict[int, P
     }
 
 
-def _job(
-    requests: Sequence[PruneRequest],
-    *,
-    nested: bool,
-    registry: Registry | None,
-    device: str,
-    dtype: str,
-    options: Mapping[str, Any],
-    reporter: Reporter,
-) -> Job:
+def _job(requests: Sequence[PruneRequest], options: PruneOptions) -> Job:
     """Check everything that can be checked before any work, and return it as one job."""
     from prufed_cli.evaluation.perplexity import read_text
     from prufed_cli.home import open_registry
     from prufed_cli.models.base import choose_device, choose_dtype, find_base, stored_dtype
     from prufed_cli.pruning.work import sweep
+
+    reporter = options.get("reporter", SILENT)
+    dtype = options.get("dtype", "auto")
+    nested = options.get("nested", False)
+    requests, targets, pruner = _checked(requests, nested)
+    first = requests[0]
+    method = method_recipe(first, reporter)
+    device = choose_device(options.get("device", "auto"))
+    compute = choose_dtype(dtype, device)
+    text = read_text(Path(first.perplexity)) if first.perplexity else None
+    registry = options.get("registry") or open_registry()
+    base = find_base(first.base, registry)
+    reporter.note(f"base {base.ref}")
+    calibration = _calibration(first, pruner, base, options, reporter)
+    together = [request.sparsity for request in requests] if nested else None
+    made = tuple(
+        Made(request, target, full_recipe(request, method, calibration, text, dtype, together))
+        for request, target in zip(requests, targets, strict=True)
+    )
+    stored = stored_dtype(base)
+    how = Options(
+        device,
+        stored if isinstance(compute, str) else compute,
+        trust_remote_code=options.get("trust_remote_code", False),
+        max_memory=options.get("max_memory"),
+        largest_file=options.get("largest_file", LARGEST_FILE),
+        force=options.get("force", False),
+    )
+    job = Job(made, nested, pruner, base, stored, calibration, text, None, registry, how, reporter)
+    sweep(job.workplace)
+    return job if text is None else replace(job, score=_score(job, text))
+
+
+def _checked(
+    requests: Sequence[PruneRequest], nested: bool
+) -> tuple[list[PruneRequest], list[PruneTarget], Pruner]:
+    """Return requests under their method's one name, their targets and their pruner.
+
+    Raises:
+        PrufedError: a request makes no sense, whatever the base.
+        MethodError: there is no such method, or a setting is not accepted.
+    """
     from prufed_plugins.discover import build, canonical
     from prufed_registry.names import check_name
 
     for request in requests:
         if request.name is not None:
             check_name(request.name)
-    requests = [replace(each, method=canonical("pruner", each.method)) for each in requests]
-    first = requests[0]
-    targets = [parse_target(request) for request in requests]
-    pruner: Pruner = build("pruner", first.method, method_settings(first))
-    for request, target in zip(requests, targets, strict=True):
+    checked = [replace(each, method=canonical("pruner", each.method)) for each in requests]
+    targets = [parse_target(request) for request in checked]
+    pruner: Pruner = build("pruner", checked[0].method, method_settings(checked[0]))
+    for request, target in zip(checked, targets, strict=True):
         check_target(pruner, target, request)
     if nested:
-        check_nested(pruner, requests)
-    method = method_recipe(first, reporter)
-    where = choose_device(device)
-    chosen = choose_dtype(dtype, where)
-    text = read_text(Path(first.perplexity)) if first.perplexity else None
-    registry = registry or open_registry()
-    base = find_base(first.base, registry)
-    reporter.note(f"base {base.ref}")
-    calibration = _calibration(first, pruner, base, bool(options["trust_remote_code"]), reporter)
-    stored = stored_dtype(base)
-    together = [request.sparsity for request in requests] if nested else None
-    made = [
-        Made(request, target, full_recipe(request, method, calibration, text, dtype, together))
-        for request, target in zip(requests, targets, strict=True)
-    ]
-    compute = stored if isinstance(chosen, str) else chosen
-    job = Job(
-        tuple(made),
-        nested,
-        pruner,
-        base,
-        stored,
-        calibration,
-        text,
-        None,
-        registry,
-        Options(where, compute, **options),
-        reporter,
-    )
-    sweep(job.workplace)
-    return job if text is None else replace(job, score=_score(job, text))
+        check_nested(pruner, checked)
+    return checked, targets, pruner
 
 
 def _score(job: Job, text: TextFile) -> Score:
@@ -263,7 +219,11 @@ def _score(job: Job, text: TextFile) -> Score:
 
 
 def _calibration(
-    request: PruneRequest, pruner: Pruner, base: Artifact, trust: bool, reporter: Reporter
+    request: PruneRequest,
+    pruner: Pruner,
+    base: Artifact,
+    options: PruneOptions,
+    reporter: Reporter,
 ) -> Calibration | None:
     from prufed_cli.models.base import load_tokenizer
     from prufed_cli.models.calibration import LONGEST, calibration_batches
@@ -281,7 +241,7 @@ def _calibration(
     with reporter.task("read calibration text"):
         return calibration_batches(
             request.calibration,
-            load_tokenizer(base, trust_remote_code=trust),
+            load_tokenizer(base, trust_remote_code=options.get("trust_remote_code", False)),
             samples=request.samples,
             length=request.length,
             longest=min(positions or LONGEST, LONGEST),

@@ -49,7 +49,9 @@ def test_alternate_starts_at_the_highest_layer_of_its_parity_when_the_depth_is_o
 
 def test_an_alias_says_what_it_stands_for() -> None:
     alias, meant = (catalog().get("pruner", f"{name}-alternate") for name in ("top", "even"))
-    assert alias.method.summary.startswith("alias of even-alternate")
+    assert alias.method.alias_of == meant.method.name
+    assert catalog().canonical("pruner", "top_alternate") == "even-alternate"
+    assert catalog().canonical("pruner", "symmetric") == "symmetric"
     assert alias.method.target == meant.method.target
     assert alias.method.params is meant.method.params
 

@@ -11,57 +11,47 @@ smallest distance go.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from prufed_plugins.pruners.block_states import passages
-from prufed_plugins.pruners.layers import check_count, dropped_count, keep_others
+from prufed_plugins.pruners.layers import LayerPruner
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prufed_plugins.api import Decoder, KeptLayers, Progress, PruneTarget
-    from prufed_plugins.params import LayerDropParams
+    from prufed_plugins.api import Decoder, Progress
 
 
-class Angular:
+class Angular(LayerPruner):
     """Drops the K consecutive layers of the smallest angular distance.
 
     The scores are d(l) in [0, 1], one for every layer that K layers can start at: the first L−K+1.
     """
 
-    result: Literal["sliced"] = "sliced"
     needs_calibration = True
 
-    def __init__(self, params: LayerDropParams) -> None:
-        self._params = params
-
-    def prune(
+    def choose(
         self,
         decoder: Decoder,
         calibration: Sequence[Tensor] | None,
-        target: PruneTarget,
+        count: int,
         progress: Progress,
-    ) -> Iterator[KeptLayers]:
-        """Yield the kept layers; see :meth:`prufed_plugins.api.Pruner.prune`.
+    ) -> tuple[set[int], Sequence[float] | None]:
+        """Return the run of the smallest distance, and all distances; nothing where K is 0.
 
         Raises:
-            MethodError: no calibration, a hidden state that is not finite, or a count of layers
-                that cannot be dropped.
+            MethodError: no calibration, or a hidden state that is not finite.
         """
-        layers = len(decoder.blocks)
-        count = dropped_count(layers, self._params, target)
-        check_count(layers, count)
         if count == 0:
-            yield keep_others(layers, set())
-            progress("layers", layers, layers)
-            return
+            progress("layers", len(decoder.blocks), len(decoder.blocks))
+            return set(), None
         distances = angular_distances(last_token_states(decoder, calibration, progress), count)
         # of equal distances the higher layers go, as with every strategy
         start = min(range(len(distances)), key=lambda index: (distances[index], -index))
-        yield keep_others(layers, set(range(start, start + count)), distances)
+        return set(range(start, start + count)), distances
 
 
 def last_token_states(

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from prufed_plugins.pruners.layers import LayerPruner
+from prufed_plugins.pruners.layers import PositionalLayerPruner
 
 if TYPE_CHECKING:
     from prufed_plugins.params import LayerDropParams
 
 
-class Bottom(LayerPruner):
+class Bottom(PositionalLayerPruner):
     """Drops the first K layers."""
 
     def __init__(self, params: LayerDropParams) -> None:

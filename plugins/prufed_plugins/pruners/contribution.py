@@ -9,25 +9,19 @@ by the same cosine, of the sentence token alone, and drop what lies above a thre
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch.nn.functional import cosine_similarity
 
 from prufed_plugins.errors import MethodError
 from prufed_plugins.pruners.block_states import passages
-from prufed_plugins.pruners.layers import (
-    FEWEST_LAYERS,
-    ScoringLayerPruner,
-    check_count,
-    keep_others,
-    said_counts,
-)
+from prufed_plugins.pruners.layers import FEWEST_LAYERS, ScoringLayerPruner, said_counts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prufed_plugins.api import Decoder, KeptLayers, Progress, PruneTarget
+    from prufed_plugins.api import Decoder, Progress, PruneTarget
     from prufed_plugins.params import ContributionParams
 
 
@@ -43,26 +37,37 @@ class Contribution(ScoringLayerPruner):
         super().__init__(params)
         self._threshold = params.threshold
 
-    def prune(
-        self,
-        decoder: Decoder,
-        calibration: Sequence[Tensor] | None,
-        target: PruneTarget,
-        progress: Progress,
-    ) -> Iterator[KeptLayers]:
-        """Yield the kept layers; see :meth:`prufed_plugins.api.Pruner.prune`."""
+    def count(self, layers: int, target: PruneTarget) -> int:
+        """Return how many layers to drop at least: with a threshold, the scores say how many.
+
+        Raises:
+            MethodError: the threshold and something else both say how many.
+        """
         if self._threshold is None:
-            yield from super().prune(decoder, calibration, target, progress)
-            return
-        layers = len(decoder.blocks)
-        check_count(layers, 0)
+            return super().count(layers, target)
         if given := said_counts(layers, self._params, target):
             raise MethodError(
                 f"threshold and {' and '.join(given)} both say how many layers to drop",
                 "leave one of them out",
             )
+        return 0
+
+    def choose(
+        self,
+        decoder: Decoder,
+        calibration: Sequence[Tensor] | None,
+        count: int,
+        progress: Progress,
+    ) -> tuple[set[int], Sequence[float]]:
+        """Return the layers of the lowest scores or above the threshold, and all scores.
+
+        Raises:
+            MethodError: as :func:`above`, and :meth:`scores`.
+        """
+        if self._threshold is None:
+            return super().choose(decoder, calibration, count, progress)
         scores = self.scores(decoder, calibration, progress)
-        yield keep_others(layers, above(scores, self._threshold), scores)
+        return above(scores, self._threshold), scores
 
     def scores(
         self, decoder: Decoder, calibration: Sequence[Tensor] | None, progress: Progress

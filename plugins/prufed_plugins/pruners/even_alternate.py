@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from prufed_plugins.pruners.layers import LayerPruner, alternate
+from prufed_plugins.pruners.layers import PositionalLayerPruner, alternate
 
 if TYPE_CHECKING:
     from prufed_plugins.params import LayerDropParams
 
 
-class EvenAlternate(LayerPruner):
+class EvenAlternate(PositionalLayerPruner):
     """Drops the K topmost even-numbered layers."""
 
     def __init__(self, params: LayerDropParams) -> None:

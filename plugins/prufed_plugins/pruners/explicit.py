@@ -2,47 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from prufed_plugins.errors import MethodError
-from prufed_plugins.pruners.layers import check_count, keep_others
+from prufed_plugins.pruners.layers import LayerPruner
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prufed_plugins.api import Decoder, KeptLayers, Progress, PruneTarget
+    from prufed_plugins.api import Decoder, Progress, PruneTarget
     from prufed_plugins.params import ExplicitParams
 
 
-class Explicit:
+class Explicit(LayerPruner):
     """Keeps the layers of one list, or drops those of the other."""
 
-    result: Literal["sliced"] = "sliced"
-    needs_calibration = False
-
     def __init__(self, params: ExplicitParams) -> None:
-        self._params = params
+        self._lists = params  # instead of the parameters that count layers
 
-    def prune(
-        self,
-        decoder: Decoder,
-        calibration: Sequence[Tensor] | None,
-        target: PruneTarget,
-        progress: Progress,
-    ) -> Iterator[KeptLayers]:
-        """Yield the kept layers; see :meth:`prufed_plugins.api.Pruner.prune`."""
+    def count(self, layers: int, target: PruneTarget) -> int:
+        """Return how many layers the list drops.
+
+        Raises:
+            MethodError: the target says how many too, or the list is none of this model's layers.
+        """
         if target.sparsity is not None or target.pattern is not None or target.layers is not None:
             raise MethodError(
                 "explicit drops the layers of its list, so a sparsity, pattern or count is one "
                 "answer too many",
                 "leave it out, and pass --set layers=[0,1,2,5]",
             )
+        return len(_dropped(layers, self._lists))
+
+    def choose(
+        self,
+        decoder: Decoder,
+        calibration: Sequence[Tensor] | None,
+        count: int,
+        progress: Progress,
+    ) -> tuple[set[int], None]:
+        """Return the layers that the list drops."""
         layers = len(decoder.blocks)
-        dropped = _dropped(layers, self._params)
-        check_count(layers, len(dropped))
-        yield keep_others(layers, dropped)
         progress("layers", layers, layers)
+        return _dropped(layers, self._lists), None
 
 
 def _dropped(layers: int, params: ExplicitParams) -> set[int]:

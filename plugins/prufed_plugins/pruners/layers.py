@@ -25,39 +25,7 @@ Strategy = Callable[[int, int], "set[int]"]
 
 
 class LayerPruner:
-    """Keeps the layers that a strategy does not drop.
-
-    Attributes:
-        strategy: (layers, count) → dropped indices; set by each method.
-    """
-
-    result: Literal["sliced"] = "sliced"
-    needs_calibration = False
-
-    def __init__(self, params: LayerDropParams, strategy: Strategy) -> None:
-        self._params = params
-        self._strategy = strategy
-
-    def prune(
-        self,
-        decoder: Decoder,
-        calibration: Sequence[Tensor] | None,
-        target: PruneTarget,
-        progress: Progress,
-    ) -> Iterator[KeptLayers]:
-        """Yield the kept layers; see :meth:`prufed_plugins.api.Pruner.prune`."""
-        layers = len(decoder.blocks)
-        count = dropped_count(layers, self._params, target)
-        check_count(layers, count)
-        yield keep_others(layers, self._strategy(layers, count))
-        progress("layers", layers, layers)
-
-
-class ScoringLayerPruner:
-    """Gives every layer a score and drops the K lowest; of equal scores the higher layer goes.
-
-    A method says what the scores are.
-    """
+    """Drops whole layers. A method says how many, where parameters and target do not, and which."""
 
     result: Literal["sliced"] = "sliced"
     needs_calibration = False
@@ -72,12 +40,78 @@ class ScoringLayerPruner:
         target: PruneTarget,
         progress: Progress,
     ) -> Iterator[KeptLayers]:
-        """Yield the kept layers; see :meth:`prufed_plugins.api.Pruner.prune`."""
+        """Yield the kept layers; see :meth:`prufed_plugins.api.Pruner.prune`.
+
+        Raises:
+            MethodError: so many layers cannot be dropped; or what :meth:`choose` raises.
+        """
         layers = len(decoder.blocks)
-        count = dropped_count(layers, self._params, target)
+        count = self.count(layers, target)
         check_count(layers, count)
+        dropped, scores = self.choose(decoder, calibration, count, progress)
+        kept = tuple(index for index in range(layers) if index not in dropped)
+        yield KeptLayers(kept, scores if scores is None else tuple(scores))
+
+    def count(self, layers: int, target: PruneTarget) -> int:
+        """Return how many of ``layers`` to drop.
+
+        Raises:
+            MethodError: nothing says how many, or two things do.
+        """
+        return dropped_count(layers, self._params, target)
+
+    def choose(
+        self,
+        decoder: Decoder,
+        calibration: Sequence[Tensor] | None,
+        count: int,
+        progress: Progress,
+    ) -> tuple[set[int], Sequence[float] | None]:
+        """Return the layers to drop, and the scores that decided where there are any.
+
+        Raises:
+            MethodError: the layers cannot be told.
+        """
+        raise NotImplementedError
+
+
+class PositionalLayerPruner(LayerPruner):
+    """Drops the layers that a strategy names by their position alone."""
+
+    def __init__(self, params: LayerDropParams, strategy: Strategy) -> None:
+        super().__init__(params)
+        self._strategy = strategy
+
+    def choose(
+        self,
+        decoder: Decoder,
+        calibration: Sequence[Tensor] | None,
+        count: int,
+        progress: Progress,
+    ) -> tuple[set[int], None]:
+        """Return what the strategy drops."""
+        layers = len(decoder.blocks)
+        dropped = self._strategy(layers, count)
+        progress("layers", layers, layers)
+        return dropped, None
+
+
+class ScoringLayerPruner(LayerPruner):
+    """Gives every layer a score and drops the K lowest; of equal scores the higher layer goes.
+
+    A method says what the scores are.
+    """
+
+    def choose(
+        self,
+        decoder: Decoder,
+        calibration: Sequence[Tensor] | None,
+        count: int,
+        progress: Progress,
+    ) -> tuple[set[int], Sequence[float]]:
+        """Return the layers of the lowest scores, and all scores."""
         scores = self.scores(decoder, calibration, progress)
-        yield keep_others(layers, lowest(scores, count), scores)
+        return lowest(scores, count), scores
 
     def scores(
         self, decoder: Decoder, calibration: Sequence[Tensor] | None, progress: Progress
@@ -166,11 +200,3 @@ def alternate(layers: int, count: int, parity: int) -> set[int]:
             f"drop at most {len(available)}, or use --method symmetric",
         )
     return set(available[:count])
-
-
-def keep_others(
-    layers: int, dropped: set[int], scores: Sequence[float] | None = None
-) -> KeptLayers:
-    """Return the layers that are not dropped, ascending, with the scores that decided."""
-    kept = tuple(index for index in range(layers) if index not in dropped)
-    return KeptLayers(kept, None if scores is None else tuple(scores))

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from prufed_plugins.pruners.layers import LayerPruner
+from prufed_plugins.pruners.layers import PositionalLayerPruner
 
 if TYPE_CHECKING:
     from prufed_plugins.params import LayerDropParams
 
 
-class Symmetric(LayerPruner):
+class Symmetric(PositionalLayerPruner):
     """Drops the K middle layers; of an odd number of kept layers the top has one more."""
 
     def __init__(self, params: LayerDropParams) -> None:

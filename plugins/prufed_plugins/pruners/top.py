@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from prufed_plugins.pruners.layers import LayerPruner
+from prufed_plugins.pruners.layers import PositionalLayerPruner
 
 if TYPE_CHECKING:
     from prufed_plugins.params import LayerDropParams
 
 
-class Top(LayerPruner):
+class Top(PositionalLayerPruner):
     """Drops the last K layers."""
 
     def __init__(self, params: LayerDropParams) -> None:
