@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from uuid import uuid4
 
 from prufed_cli.errors import USAGE, PrufedError
 from prufed_cli.models.base import ADAPTER_KINDS, MASKS_FILE, base_of
 from prufed_cli.progress import SILENT, Reporter
+from prufed_registry.outside import new_directory
 
 if TYPE_CHECKING:
     from prufed_cli.packing import Sizes
@@ -77,7 +75,7 @@ def export_packed(
     artifact = registry.resolve(reference)
     if artifact.kind in ADAPTER_KINDS and base is None:
         base = str(base_of(artifact, registry).path)
-    with _new_directory(directory) as partial:
+    with new_directory(directory) as partial:
         registry.export(
             artifact.ref, partial, base, leave_out=to_be_packed(artifact.manifest.files)
         )
@@ -112,34 +110,13 @@ def export_merged(
         )
     base = base_of(artifact, registry)
     with (
-        _new_directory(directory) as partial,
+        new_directory(directory) as partial,
         reporter.task(f"merge {artifact.ref} into {base.ref}"),
     ):
         loaded = load_reference(artifact.ref, registry, device="cpu")
         loaded.model.to(stored_dtype(base)).save_pretrained(partial)
         _copy_beside_weights(base, partial)
     return directory.absolute()
-
-
-@contextmanager
-def _new_directory(directory: Path) -> Iterator[Path]:
-    """Return a directory to write into, which becomes ``directory`` once all is written.
-
-    Raises:
-        PrufedError: there is something at ``directory`` already.
-    """
-    directory = directory.absolute()
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise PrufedError(f"{directory} is not empty", "name a new directory", USAGE)
-    partial = directory.with_name(f".{directory.name}-{uuid4().hex}")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        if directory.exists():
-            directory.rmdir()
-        partial.rename(directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _copy_beside_weights(base: Artifact, directory: Path) -> None:

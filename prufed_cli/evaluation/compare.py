@@ -128,7 +128,7 @@ def evaluate(
     """
     registry = registry or open_registry()
     wanted: Sequence[str | None] = references or [None]
-    artifacts = [find_artifact(each, registry) for each in wanted]
+    artifacts = [find_artifact(each, registry, reporter) for each in wanted]
     bases = [base_of(each, registry) if each.kind in ADAPTER_KINDS else each for each in artifacts]
     text = read_text(perplexity) if perplexity is not None else None
     names = tasks or ([] if text else _embedded_tasks(bases, registry))

@@ -216,7 +216,7 @@ def prepare(run: journal.Run, plan: Plan, registry: Registry, reporter: Reporter
     from prufed_cli.models.base import choose_device, find_base
 
     choose_device(plan.config.device)
-    full = find_base(plan.base, registry)
+    full = find_base(plan.base, registry, reporter)
     beginning = begin(plan.config, full.path)
     rehearse_plan(plan, beginning.state)
     bases = _submodels(plan, full, registry, reporter)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from prufed_cli.errors import NOT_FOUND, USAGE, PrufedError
+from prufed_cli.progress import SILENT, Reporter
 from prufed_registry import Registry
 from prufed_registry.errors import NotFound
 
@@ -60,10 +61,13 @@ def default_base() -> str:
     return os.environ.get("PRUFED_BASE") or EMBEDDED_NAME
 
 
-def find_artifact(reference: str | None, registry: Registry) -> Artifact:
+def find_artifact(
+    reference: str | None, registry: Registry, reporter: Reporter = SILENT
+) -> Artifact:
     """Return the artifact a reference, a local directory or a Hub id stands for.
 
-    A directory or a Hub id is imported as kind ``base`` unless the same bytes are there already.
+    A directory or a Hub id is imported as kind ``base`` unless the same bytes are there already;
+    the reporter is told what was, for it stays whatever comes of the command.
 
     Raises:
         PrufedError: nothing of that name exists here or on the Hub.
@@ -73,14 +77,16 @@ def find_artifact(reference: str | None, registry: Registry) -> Artifact:
     if wanted and (wanted.startswith((".", "/", "~")) or _is_local(directory, wanted)):
         if not directory.is_dir():
             raise PrufedError(f"no directory {wanted}", "give a model directory", NOT_FOUND)
-        return import_base(directory, registry, name=slug(directory.resolve().name))
+        return import_base(directory, registry, slug(directory.resolve().name), reporter)
     if _HUB_ID.fullmatch(wanted):
         return _from_hub(wanted, registry)
     try:
         return registry.resolve(wanted)
     except NotFound:
         if wanted == EMBEDDED_NAME:
-            return _embedded(registry)
+            from prufed_cli.assets import embedded_model
+
+            return import_base(embedded_model(), registry, EMBEDDED_NAME)
         raise
 
 
@@ -88,13 +94,13 @@ def _is_local(directory: Path, wanted: str) -> bool:
     return (directory / "config.json").is_file() or ("/" in wanted and directory.is_dir())
 
 
-def find_base(reference: str | None, registry: Registry) -> Artifact:
+def find_base(reference: str | None, registry: Registry, reporter: Reporter = SILENT) -> Artifact:
     """Return a model artifact: a base, a sub-model or a merged model.
 
     Raises:
         PrufedError: the reference names an adapter, or nothing.
     """
-    artifact = find_artifact(reference, registry)
+    artifact = find_artifact(reference, registry, reporter)
     if artifact.kind not in MODEL_KINDS:
         raise PrufedError(
             f"{artifact.ref} is a {artifact.kind}, not a model",
@@ -104,7 +110,9 @@ def find_base(reference: str | None, registry: Registry) -> Artifact:
     return artifact
 
 
-def import_base(directory: Path, registry: Registry, *, name: str) -> Artifact:
+def import_base(
+    directory: Path, registry: Registry, name: str, reporter: Reporter = SILENT
+) -> Artifact:
     """Take a model directory into the registry, unless the same content is there already."""
     from prufed_cli.packing import refuse_packed
     from prufed_registry import fingerprint
@@ -113,13 +121,11 @@ def import_base(directory: Path, registry: Registry, *, name: str) -> Artifact:
     refuse_packed(directory)
     recipe = {"command": "import", "digest": directory_digest(directory)}
     known = registry.find(fingerprint("base", [], recipe), kind="base")
-    return known or registry.import_directory(directory, name=name, kind="base")
-
-
-def _embedded(registry: Registry) -> Artifact:
-    from prufed_cli.assets import embedded_model
-
-    return import_base(embedded_model(), registry, name=EMBEDDED_NAME)
+    if known is not None:
+        return known
+    made = registry.import_directory(directory, name=name, kind="base")
+    reporter.note(f"imported {directory} as {made.ref}, which stays in the registry")
+    return made
 
 
 def _from_hub(repository: str, registry: Registry) -> Artifact:

@@ -152,7 +152,7 @@ def _job(requests: Sequence[PruneRequest], options: PruneOptions) -> Job:
     compute = choose_dtype(dtype, device)
     text = read_text(Path(first.perplexity)) if first.perplexity else None
     registry = options.get("registry") or open_registry()
-    base = find_base(first.base, registry)
+    base = find_base(first.base, registry, reporter)
     reporter.note(f"base {base.ref}")
     calibration = _calibration(first, pruner, base, options, reporter)
     together = [request.sparsity for request in requests] if nested else None

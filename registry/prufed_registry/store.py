@@ -237,7 +237,7 @@ class Registry:
         """Publish a copy of a directory in Hugging Face layout.
 
         A directory that carries a manifest must match it, and keeps its kind, parents, recipe
-        and details.
+        and details. Where a sound version of that name is the same already, it is returned.
 
         Args:
             directory: where it is.

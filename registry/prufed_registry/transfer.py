@@ -8,14 +8,14 @@ import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
-from uuid import uuid4
 
 from prufed_registry import names
 from prufed_registry.artifact import Artifact
-from prufed_registry.digests import MANIFEST, FileEntry, content_digest, read_payload
-from prufed_registry.durable import TEMPORARY_PREFIX, delete_tree, hash_file, storage_errors
+from prufed_registry.digests import MANIFEST, FileEntry, content_digest, fingerprint, read_payload
+from prufed_registry.durable import hash_file, storage_errors
 from prufed_registry.errors import Damaged, InvalidRequest, NotFound
 from prufed_registry.manifest import Manifest, parse_manifest
+from prufed_registry.outside import new_directory
 from prufed_registry.staging import regular_files
 from prufed_registry.weights import check_no_pickle
 
@@ -56,24 +56,14 @@ def export(
         InvalidRequest: the directory holds something.
         Damaged: the artifact's bytes are not what was published.
     """
-    directory = directory.absolute()
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise InvalidRequest(f"{directory} exists and is not empty", "name a new directory")
-    manifest = artifact.manifest
-    partial = directory.with_name(f"{TEMPORARY_PREFIX}{uuid4().hex}")
-    with storage_errors(f"export {artifact.ref}"):
-        try:
-            partial.mkdir(parents=True)
-            copied = [path for path in manifest.files if path not in leave_out]
-            _copy(artifact.path, partial, [*copied, MANIFEST])
-            _check_copy(artifact, copied, partial)
-            config = partial / ADAPTER_CONFIG
-            if base is not None and config.exists():
-                config.write_text(rewrite_base(config.read_text("utf-8"), base), "utf-8")
-            partial.rename(directory)
-        finally:
-            delete_tree(partial)
-    return directory
+    with storage_errors(f"export {artifact.ref}"), new_directory(directory) as partial:
+        copied = [path for path in artifact.manifest.files if path not in leave_out]
+        _copy(artifact.path, partial, [*copied, MANIFEST])
+        _check_copy(artifact, copied, partial)
+        config = partial / ADAPTER_CONFIG
+        if base is not None and config.exists():
+            config.write_text(rewrite_base(config.read_text("utf-8"), base), "utf-8")
+    return directory.absolute()
 
 
 def directory_digest(directory: Path) -> str:
@@ -122,7 +112,8 @@ def _import_model(
             digest = content_digest(staging.seal())
         # The content is the recipe of what came from outside, so the same import is found again.
         recipe = {"command": "import", "digest": digest}
-        return staging.publish(name, kind, recipe=recipe, details={"source": source})
+        known = _known(registry, name, digest, fingerprint(kind, [], recipe))
+        return known or staging.publish(name, kind, recipe=recipe, details={"source": source})
 
 
 def _import_published(
@@ -145,8 +136,10 @@ def _import_published(
                     f"{path!r} in {directory} is not what its manifest says",
                     f"fetch the directory again, or delete {MANIFEST} to import it as it stands",
                 )
-        return staging.publish(
-            manifest.name if name is None else name,
+        name = manifest.name if name is None else name
+        known = _known(registry, name, manifest.digest, manifest.fingerprint)
+        return known or staging.publish(
+            name,
             manifest.kind,
             parents=manifest.parents,
             recipe=manifest.recipe,
@@ -154,6 +147,13 @@ def _import_published(
             metrics=manifest.metrics,
             details=manifest.details,
         )
+
+
+def _known(registry: Registry, name: str, digest: str, made: str) -> Artifact | None:
+    """Return the newest sound version of a name that has this content and this fingerprint."""
+    names.check_name(name)
+    same = [one for one in registry.list(name) if (one.digest, one.fingerprint) == (digest, made)]
+    return next((one for one in reversed(same) if not registry.verify([one.ref])), None)
 
 
 def _name_or_slug(name: str | None, source: str) -> str:

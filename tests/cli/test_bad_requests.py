@@ -75,10 +75,13 @@ def test_what_does_not_fit_the_model(
     nothing_made("tiny@v1")
 
 
-def test_a_directory_that_fails_leaves_itself_and_nothing_else(
+def test_a_directory_that_fails_leaves_itself_says_so_and_nothing_else(
     prune: Call, nothing_made: Call
 ) -> None:
-    prune("--pattern", "32:64").refused(2, "would remove all 32 columns")
+    called = prune("--pattern", "32:64")
+    called.refused(2, "would remove all 32 columns")
+    assert "as tiny@v1, which stays in the registry" in called.err
+    assert "stays in the registry" not in prune("--pattern", "32:64").err
     nothing_made("tiny@v1")
 
 

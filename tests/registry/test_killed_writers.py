@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -125,6 +126,35 @@ def test_killed_at_every_filesystem_call(
         "import": (1, 0),
         "remove": (0, 1),
     }.get(action, (0, 0))
+
+
+@pytest.mark.slow
+def test_what_a_killed_export_leaves_goes_with_the_next(
+    memory_path, run_child, publish_into, registry
+):
+    artifact = publish_into(registry)
+    target = memory_path / "out"
+    dirty = 0
+    for number in range(1, 1000):
+
+        def die_trying(number: int = number) -> None:
+            die_at_call(number)
+            registry.export(artifact.ref, target)
+
+        status = run_child(die_trying)
+        assert status in (0, -signal.SIGKILL)
+        if target.exists():
+            assert [path.name for path in memory_path.iterdir()] == ["out"]
+            break
+        dirty += any(memory_path.iterdir())
+        registry.export(artifact.ref, target)
+        assert [path.name for path in memory_path.iterdir()] == ["out"]
+        shutil.rmtree(target)
+    assert target.exists(), "the export never got through"
+    assert dirty > 10
+    assert {path.name for path in target.iterdir()} == {
+        path.name for path in artifact.path.iterdir()
+    }
 
 
 def test_killed_at_exact_byte_counts(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 
 import pytest
 
 from prufed_registry import Damaged, InvalidRequest, NotFound, Parent, Registry, rewrite_base
+from prufed_registry.outside import new_directory
 
 CONFIG = {"base_model_name_or_path": "half@v1", "peft_type": "LORA", "r": 4}
 
@@ -130,6 +132,43 @@ def test_importing_a_model(registry, write_model, tmp_path):
     assert again.fingerprint == made.fingerprint
     assert (source / "config.json").stat().st_mode & 0o200, "the source stays as it was"
     assert registry.verify() == []
+
+
+def test_importing_the_same_again_makes_no_second_version(registry, write_model, tmp_path):
+    source = tmp_path / "model"
+    write_model(source)
+    made = registry.import_directory(source)
+    assert registry.import_directory(source) == made
+    assert registry.import_directory(registry.export(made.ref, tmp_path / "out")) == made
+    write_model(source, seed=1)
+    second = registry.import_directory(source)
+    assert second.ref == "model@v2"
+    write_model(source)
+    assert registry.import_directory(source) == made, "an earlier version is as good"
+    weights = made.path / "model.safetensors"
+    weights.chmod(0o644)
+    with weights.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"!")
+    assert registry.import_directory(source).ref == "model@v3", "a damaged one is not"
+    registry.remove("model@v3")
+    assert registry.import_directory(source).ref == "model@v4"
+
+
+def test_an_exported_adapter_comes_back_as_the_version_it_is(registry, adapter, tmp_path):
+    target = registry.export(adapter.ref, tmp_path / "out", base="/models/half")
+    assert registry.import_directory(target) == adapter
+    assert registry.import_directory(target, "other").ref == "other@v1"
+
+
+def test_two_processes_do_not_write_one_directory(registry, publish, tmp_path):
+    publish()
+    with new_directory(tmp_path / "out") as partial:
+        (partial / "half").write_text("")
+        with pytest.raises(InvalidRequest, match="another process writes"):
+            registry.export("tiny", tmp_path / "out")
+        assert (partial / "half").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["half"]
 
 
 @pytest.mark.parametrize(
