@@ -14,15 +14,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prufed_cli.errors import USAGE, PrufedError
-from prufed_cli.models.experts import router_names, unfuse_experts
+from prufed_cli.models.experts import router_names
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 ARGUMENTS = "blocks"
-"""Key, in the arguments :meth:`ModelDecoder.embed` returns, of one call per block."""
+"""Key, in the arguments that a decoder's ``embed`` returns, of one call per block."""
 
 
 @dataclass(frozen=True)
@@ -31,82 +30,6 @@ class BlockCall:
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-
-
-class ModelDecoder:
-    """A transformers model as :class:`prufed_plugins.api.Decoder`.
-
-    Attributes:
-        prefix: module path of the stack, ``model.layers`` for Llama.
-        blocks: the decoder blocks in order.
-        start: the first block that is still to be pruned.
-        dtype: what the weights are stored in.
-    """
-
-    def __init__(self, model: PreTrainedModel, prefix: str, dtype: torch.dtype) -> None:
-        self._model = model
-        self.prefix = prefix
-        self.start = 0
-        self.dtype = dtype
-        self.blocks: Sequence[nn.Module] = list(stack_of(model, prefix))
-        self._linears = [linears_of(block, f"{prefix}.{i}") for i, block in enumerate(self.blocks)]
-        self._tuples = _return_tuples(model, self.blocks)
-
-    def linears(self, index: int) -> Mapping[str, nn.Module]:
-        """Return the prunable matrices of block ``index`` by their full module name."""
-        return self._linears[index]
-
-    def shapes(self, index: int) -> Mapping[str, tuple[int, int]]:
-        """Return (outputs, inputs) of the matrices of block ``index``."""
-        return {name: shape_of(module) for name, module in self._linears[index].items()}
-
-    def embed(self, batches: Sequence[Tensor]) -> list[tuple[Tensor, dict[str, Any]]]:
-        """Return what the first block receives for each batch (B, T), and the blocks' arguments.
-
-        The model's own forward runs with blocks that only hand on their input, so that embedding,
-        masks and position embeddings are the model's, at the cost of the embedding alone.
-        """
-        return [self._embed(batch) for batch in batches]
-
-    def _embed(self, batch: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        calls: list[BlockCall] = []
-        first: list[Tensor] = []
-
-        def record(index: int, *args: Any, **kwargs: Any) -> Any:
-            hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-            first[:] = first or [hidden]
-            calls.append(BlockCall(rest, kwargs))
-            return (hidden,) if self._tuples else hidden
-
-        with replaced_forwards(self.blocks, record):
-            run_stack(self._model, batch)
-        return first[0], {ARGUMENTS: calls}
-
-    def run_block(self, index: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-        """Return the output (B, T, H) of block ``index``."""
-        call: BlockCall = arguments[ARGUMENTS][index]
-        output: Any = self.blocks[index](hidden, *call.args, **call.kwargs)
-        result: Tensor = output[0] if isinstance(output, tuple) else output
-        return result
-
-    def hold(self, hidden: Tensor) -> Tensor:
-        """Return ``hidden``: all of it fits into memory."""
-        return hidden
-
-
-def open_decoder(model: PreTrainedModel, dtype: torch.dtype | None = None) -> ModelDecoder:
-    """Return the decoder blocks of a causal language model, and put the model in evaluation mode.
-
-    Args:
-        model: the model, in memory; the experts of a mixture are unfused.
-        dtype: what its weights will be stored in; by default what they are in now.
-
-    Raises:
-        PrufedError: the architecture is not a plain decoder; names it.
-    """
-    model.eval()
-    unfuse_experts(model)
-    return ModelDecoder(model, find_stack(model), dtype or model.dtype)
 
 
 def find_stack(model: PreTrainedModel) -> str:
@@ -193,20 +116,32 @@ def run_stack(model: PreTrainedModel, batch: Tensor) -> None:
         model.base_model(input_ids=batch, use_cache=False)
 
 
-def _return_tuples(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> bool:
-    """Return whether the blocks return tuples, by running the model on two tokens."""
-    import torch
+def first_inputs(
+    model: PreTrainedModel, blocks: Sequence[nn.Module], batch: Tensor, *, tuples: bool
+) -> tuple[Tensor, list[BlockCall]]:
+    """Return what the first block receives for a batch (B, T), and what each is called with.
 
-    seen: list[bool] = []
-    handle = blocks[0].register_forward_hook(
-        lambda module, args, output: seen.append(isinstance(output, tuple))
-    )
-    try:
-        device = model.get_input_embeddings().weight.device
-        run_stack(model, torch.zeros(1, 2, dtype=torch.long, device=device))
-    finally:
-        handle.remove()
-    return seen[0]
+    The model's own forward runs with blocks that only hand on their input, so that embedding,
+    masks and position embeddings are the model's, at the cost of the embedding alone.
+
+    Args:
+        model: the model.
+        blocks: its decoder blocks.
+        batch: token ids.
+        tuples: whether its blocks return tuples.
+    """
+    calls: list[BlockCall] = []
+    first: list[Tensor] = []
+
+    def record(index: int, *args: Any, **kwargs: Any) -> Any:
+        hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+        first[:] = first or [hidden]
+        calls.append(BlockCall(rest, kwargs))
+        return (hidden,) if tuples else hidden
+
+    with replaced_forwards(blocks, record):
+        run_stack(model, batch)
+    return first[0], calls
 
 
 @contextmanager

@@ -1,53 +1,14 @@
-"""Make a shallower model out of some of a model's decoder layers."""
+"""What a configuration says once only some of a model's decoder layers are left."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from prufed_cli.errors import USAGE, PrufedError
-from prufed_cli.models.decoder import find_stack
-from prufed_cli.models.experts import unfuse_experts
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
-
-_NUMBERS: Final = {"layer_idx", "layer_id"}
-"""What modules call the number of the layer they are in."""
-
-
-def slice_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
-    """Keep only some decoder layers, in place.
-
-    The layers are renumbered, so that the key-value cache and the saved names count from 0, and the
-    configuration's number of layers and its per-layer lists follow: what ``save_pretrained``
-    writes loads as an ordinary model of that depth.
-
-    Args:
-        model: a loaded causal language model; changed.
-        kept: indices of the layers that stay, ascending.
-
-    Returns:
-        The same model.
-
-    Raises:
-        PrufedError: the indices are not ascending layers of the model, the model is no decoder, or
-            its layers cannot do without one another.
-    """
-    from torch import nn
-
-    unfuse_experts(model)  # find_stack knows no fused ones
-    path = find_stack(model)
-    stack = model.get_submodule(path)
-    assert isinstance(stack, nn.ModuleList)
-    check_layers(kept, len(stack))
-    slice_config(model.config.get_text_config(), kept)
-    for local, layer in enumerate(kept):
-        for module in stack[layer].modules():
-            for name in _NUMBERS & vars(module).keys():
-                setattr(module, name, local)
-    model.set_submodule(path, nn.ModuleList(stack[layer] for layer in kept))
-    return model
+    from transformers import PretrainedConfig
 
 
 def check_layers(kept: Sequence[int], layers: int) -> None:

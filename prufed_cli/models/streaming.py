@@ -10,6 +10,7 @@ from prufed_cli.models.activations import Activations
 from prufed_cli.models.decoder import (
     ARGUMENTS,
     BlockCall,
+    first_inputs,
     linears_of,
     replaced_forwards,
     run_stack,
@@ -104,12 +105,14 @@ class StreamedDecoder:
         """
         import torch
 
+        model = self._skeleton.model
         with torch.no_grad():
             with self._outside(batches):
                 self._tuples = self._returns_tuples(batches[0][:1, :2])
                 states: list[tuple[Tensor, dict[str, Any]]] = []
                 for batch in batches:
-                    hidden, calls = self._embed(batch)
+                    ids = batch.to(self.device)
+                    hidden, calls = first_inputs(model, self.blocks, ids, tuples=self._tuples)
                     calls = _shared(calls, [known[ARGUMENTS] for _, known in states])
                     states.append((self.hold(hidden), {ARGUMENTS: calls}))
             for index in range(self.start):
@@ -231,20 +234,6 @@ class StreamedDecoder:
             for name in self._skeleton.stored
             if name.startswith(below) and self._skeleton.block_of(name) is None
         ]
-
-    def _embed(self, batch: Tensor) -> tuple[Tensor, list[BlockCall]]:
-        calls: list[BlockCall] = []
-        first: list[Tensor] = []
-
-        def record(index: int, *args: Any, **kwargs: Any) -> Any:
-            hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-            first[:] = first or [hidden]
-            calls.append(BlockCall(rest, kwargs))
-            return (hidden,) if self._tuples else hidden
-
-        with replaced_forwards(self.blocks, record):
-            run_stack(self._skeleton.model, batch.to(self.device))
-        return first[0], calls
 
     def _always(self, output: Tensor) -> Callable[..., Any]:
         """Return a forward that gives the output of the last block, whatever it is called with."""

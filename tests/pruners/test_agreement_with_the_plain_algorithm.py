@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from prufed_cli.models.decoder import open_decoder
 from prufed_plugins.api import PruneTarget
 from prufed_plugins.discover import build
 from prufed_plugins.pruners import magnitude, sparsegpt, wanda
 from prufed_plugins.pruners.hessian import InputHessian, InputNorms, factorize
 from prufed_plugins.pruners.selection import pruned_count
+from tests.pruners.whole_models import open_decoder
 
 SPARSITIES = [PruneTarget(sparsity=sparsity) for sparsity in (0.0, 0.25, 0.5, 0.75)]
 PATTERNS = [PruneTarget(pattern=pattern) for pattern in ((2, 4), (4, 8), (1, 3), (5, 7))]

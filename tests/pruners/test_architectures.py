@@ -19,10 +19,9 @@ from transformers import (
 )
 
 from prufed_cli.errors import PrufedError
-from prufed_cli.models.decoder import open_decoder
-from prufed_cli.models.slicing import slice_layers
 from prufed_plugins.api import PruneTarget
 from prufed_plugins.discover import build
+from tests.pruners.whole_models import open_decoder, slice_layers
 
 
 @torch.no_grad()

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prufed_cli.models.decoder import open_decoder
 from prufed_plugins.api import KeptLayers, PruneTarget
 from prufed_plugins.discover import build
 from prufed_plugins.errors import MethodError
 from prufed_plugins.pruners.angular import angular_distances
 from prufed_plugins.pruners.layers import lowest
 from prufed_plugins.testing.pruner import TinyDecoder, tokens
+from tests.pruners.whole_models import open_decoder
 
 LAYERS = 6
 

@@ -19,12 +19,11 @@ from prufed_cli.errors import PrufedError
 from prufed_cli.home import open_registry
 from prufed_cli.main import main
 from prufed_cli.models.base import MASKS_FILE
-from prufed_cli.models.decoder import open_decoder
 from prufed_cli.models.experts import SUPPORTED, Experts, router_names, unfuse_experts
-from prufed_cli.models.slicing import slice_layers
 from prufed_plugins.api import PruneTarget
 from prufed_plugins.discover import build
 from prufed_plugins.masks import MaskFile
+from tests.pruners.whole_models import open_decoder, slice_layers
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 97,

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prufed_cli.models.decoder import open_decoder
 from prufed_plugins.api import PrunedMatrix, PruneTarget
 from prufed_plugins.discover import build
 from prufed_plugins.errors import MethodError
@@ -19,6 +18,7 @@ from prufed_plugins.pruners import sparsegpt
 from prufed_plugins.pruners.hessian import InputHessian, factorize
 from prufed_plugins.pruners.selection import pruned_count
 from prufed_plugins.testing.pruner import TinyDecoder, tokens
+from tests.pruners.whole_models import open_decoder
 
 METHODS = ["magnitude", "wanda", "sparsegpt"]
 SPARSITIES = st.lists(st.floats(0, 0.999), min_size=1, max_size=4).map(sorted)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from prufed_cli.models.decoder import open_decoder
 from prufed_plugins.api import PruneTarget
 from prufed_plugins.discover import build
+from tests.pruners.whole_models import open_decoder
 
 
 @pytest.mark.cuda

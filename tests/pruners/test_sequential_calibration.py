@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from prufed_cli.models.decoder import open_decoder
 from prufed_plugins.api import PrunedMatrix, PruneTarget
 from prufed_plugins.discover import build
 from prufed_plugins.errors import MethodError
@@ -19,6 +18,7 @@ from prufed_plugins.pruners.hessian import InputNorms
 from prufed_plugins.pruners.matrices import Choice, apply
 from prufed_plugins.pruners.selection import smallest
 from prufed_plugins.testing.pruner import TinyDecoder, tokens
+from tests.pruners.whole_models import open_decoder
 
 HALF = PruneTarget(sparsity=0.5)
 

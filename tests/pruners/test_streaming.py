@@ -32,9 +32,7 @@ from prufed_cli.models.base import (
 )
 from prufed_cli.models.calibration import calibration_batches
 from prufed_cli.models.checkpoint import find_tensors
-from prufed_cli.models.decoder import open_decoder
 from prufed_cli.models.skeleton import open_skeleton
-from prufed_cli.models.slicing import slice_layers
 from prufed_cli.models.streaming import StreamedDecoder
 from prufed_cli.progress import Reporter, Task
 from prufed_cli.pruning import (
@@ -52,6 +50,7 @@ from prufed_plugins.discover import build
 from prufed_plugins.masks import load_masks, save_masks
 from prufed_registry import Artifact, Registry
 from prufed_registry.errors import InvalidRequest, RegistryError
+from tests.pruners.whole_models import open_decoder, slice_layers
 
 CPU = torch.device("cpu")
 Save = Callable[..., Path]
