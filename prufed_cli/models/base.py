@@ -73,8 +73,8 @@ def find_artifact(
         PrufedError: nothing of that name exists here or on the Hub.
     """
     wanted = default_base() if reference is None else reference
-    directory = Path(wanted).expanduser()
-    if wanted and (wanted.startswith((".", "/", "~")) or _is_local(directory, wanted)):
+    directory = _directory_of(wanted)
+    if directory is not None:
         if not directory.is_dir():
             raise PrufedError(f"no directory {wanted}", "give a model directory", NOT_FOUND)
         return import_base(directory, registry, slug(directory.resolve().name), reporter)
@@ -90,16 +90,25 @@ def find_artifact(
         raise
 
 
-def _is_local(directory: Path, wanted: str) -> bool:
-    return (directory / "config.json").is_file() or ("/" in wanted and directory.is_dir())
+def _directory_of(wanted: str) -> Path | None:
+    """Return the directory that a base names; None for a reference or a Hub id."""
+    directory = Path(wanted).expanduser()
+    is_path = wanted.startswith((".", "/", "~"))
+    is_model = (directory / "config.json").is_file() or ("/" in wanted and directory.is_dir())
+    return directory if wanted and (is_path or is_model) else None
 
 
 def find_base(reference: str | None, registry: Registry, reporter: Reporter = SILENT) -> Artifact:
     """Return a model artifact: a base, a sub-model or a merged model.
 
     Raises:
-        PrufedError: the reference names an adapter, or nothing.
+        PrufedError: the reference names an adapter, a quantized model, or nothing.
     """
+    from prufed_cli.models.checkpoint import refuse_quantized
+
+    directory = _directory_of(default_base() if reference is None else reference)
+    if directory is not None:
+        refuse_quantized(directory, str(directory))  # before it is imported
     artifact = find_artifact(reference, registry, reporter)
     if artifact.kind not in MODEL_KINDS:
         raise PrufedError(
@@ -107,6 +116,7 @@ def find_base(reference: str | None, registry: Registry, reporter: Reporter = SI
             f"`prufed lineage {artifact.ref}` shows the model it belongs to",
             USAGE,
         )
+    refuse_quantized(artifact.path, artifact.ref)
     return artifact
 
 

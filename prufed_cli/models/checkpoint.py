@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from prufed_cli.errors import INTEGRITY, PrufedError
+from prufed_cli.errors import INTEGRITY, USAGE, PrufedError
 
 if TYPE_CHECKING:
     from prufed_cli.models.stored import StoredTensor
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+
+_PLAIN: Final = frozenset({"F16", "BF16", "F32", "F64"})
+"""How the entries of a matrix are stored where they are numbers one by one."""
+
+_PACKED: Final = (".qweight", ".weight_packed", ".compressed", ".bitmask", ".absmax")
+"""Endings of what quantized and sparse formats store in place of a matrix."""
 
 
 def find_tensors(directory: Path, ref: str) -> dict[str, StoredTensor]:
@@ -45,6 +51,47 @@ def find_tensors(directory: Path, ref: str) -> dict[str, StoredTensor]:
         if name not in tensors:
             raise _damaged(ref, f"its index says that {file} has {name}, but it has not")
     return tensors
+
+
+def refuse_quantized(directory: Path, ref: str) -> None:
+    """Refuse a model whose configuration says that its weights are quantized.
+
+    Raises:
+        PrufedError: as said, with the method.
+    """
+    try:
+        config: Any = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        stated = config.get("quantization_config")
+    except (OSError, ValueError, AttributeError):
+        return  # whoever opens the model says what is wrong with its configuration
+    if not isinstance(stated, dict):
+        return
+    method = str(stated.get("quant_method") or "unknown")
+    stored_plainly = method == "compressed-tensors" and not stated.get("config_groups")
+    if stored_plainly and stated.get("format") in (None, "dense"):
+        return
+    raise _not_plain(ref, f"it is quantized ({method})")
+
+
+def refuse_packed_matrices(tensors: Mapping[str, StoredTensor], ref: str) -> None:
+    """Refuse a checkpoint whose matrices are not stored entry by entry as floating-point numbers.
+
+    Raises:
+        PrufedError: as said, with the first such tensor.
+    """
+    for name, tensor in sorted(tensors.items()):
+        if name.endswith(_PACKED):
+            raise _not_plain(ref, f"it holds {name}, part of a quantized or sparse format")
+        if name.endswith(".weight") and len(tensor.shape) > 1 and tensor.code not in _PLAIN:
+            raise _not_plain(ref, f"{name} is stored as {tensor.code}")
+
+
+def _not_plain(ref: str, reason: str) -> PrufedError:
+    return PrufedError(
+        f"{ref} cannot be a base: {reason}",
+        "use the model it was made from, in float32, bfloat16 or float16",
+        USAGE,
+    )
 
 
 def _weight_map(path: Path, ref: str) -> Mapping[str, str]:

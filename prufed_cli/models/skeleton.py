@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from prufed_cli.errors import PrufedError
 from prufed_cli.models.base import check_complete, first_line, quiet_transformers
-from prufed_cli.models.checkpoint import find_tensors
+from prufed_cli.models.checkpoint import find_tensors, refuse_packed_matrices
 from prufed_cli.models.decoder import find_stack
 from prufed_cli.models.experts import unfuse_experts
 
@@ -76,6 +76,7 @@ def open_skeleton(
     unfuse_experts(model)
     prefix = find_stack(model)
     tensors = find_tensors(directory, ref)
+    refuse_packed_matrices(tensors, ref)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     stored = _match(model, expected, tensors)
     tied = _untie(model, stored)

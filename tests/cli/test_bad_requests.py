@@ -39,6 +39,13 @@ def test_sparsity_outside_its_range(prune: Call, nothing_made: Call, sparsity: s
         pytest.param([*SPARSE, "--name", "latest"], "'latest' is not a name", id="reserved-name"),
         pytest.param([*SPARSE, "--device", "abacus"], "no device 'abacus'", id="unknown-device"),
         pytest.param([*SPARSE, "--dtype", "int3"], "no dtype 'int3'", id="unknown-dtype"),
+        pytest.param([*SPARSE, "--max-memory", "lots"], "'lots' is no size", id="no-size"),
+        pytest.param([*SPARSE, "--nested"], "needs several sparsities", id="nested-in-nothing"),
+        pytest.param(
+            ["--sparsity", "0.75,0.25,0.5", "--nested"],
+            "write --sparsity 0.25,0.5,0.75",
+            id="nested-not-ascending",
+        ),
         pytest.param([*SPARSE, "--sparsty", "0.5"], "--sparsty", id="no-option"),
         pytest.param(["--base", "", *SPARSE], "'' is not a name", id="empty-base"),
         pytest.param(["--base", "a@b@c", *SPARSE], "'a' is not a name", id="two-at-signs"),

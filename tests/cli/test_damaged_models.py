@@ -69,6 +69,26 @@ def not_a_number(directory: Path) -> None:
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
 
 
+def quantized(method: str, **facts: Any) -> Callable[[Path], None]:
+    """Say of a checkpoint what quantizing tools write into its configuration."""
+    return configured(quantization_config={"quant_method": method, **facts})
+
+
+def stored(part: str, tensor: torch.Tensor) -> Callable[[Path], None]:
+    """Put something in the place of one matrix."""
+
+    def change(directory: Path) -> None:
+        tensors = load_file(directory / WEIGHTS)
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        tensors[f"model.layers.1.mlp.up_proj.{part}"] = tensor
+        save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+
+    return change
+
+
+WHOLE = torch.zeros(64, 32)
+
+
 def code_of_its_own(directory: Path) -> None:
     (directory / "own.py").write_text("raise SystemExit('this code was run')\n")
     configured(model_type="own", auto_map={"AutoModelForCausalLM": "own.Model"})(directory)
@@ -152,6 +172,68 @@ def flip_in_the_registry(artifact: Artifact) -> None:
     content = bytearray(file.read_bytes())
     content[-1] ^= 0xFF
     file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (quantized("gptq", bits=4), "it is quantized (gptq)"),
+        (quantized("awq", bits=4), "it is quantized (awq)"),
+        (quantized("bitsandbytes", load_in_4bit=True), "it is quantized (bitsandbytes)"),
+        (quantized("compressed-tensors", format="int-quantized"), "it is quantized (compressed-"),
+        (
+            quantized("compressed-tensors", sparsity_config={"format": "sparse-bitmask"}),
+            "the sparse format 'sparse-bitmask', which transformers would pass over",
+        ),
+    ],
+)
+@pytest.mark.parametrize("verb", ["prune", "federate"])
+def test_quantized_and_sparse_checkpoints_are_no_bases(
+    prufed: Call,
+    nothing_made: Call,
+    base_directory: Path,
+    tmp_path: Path,
+    configuration: dict[str, Any],
+    clients_file: Callable[[dict[str, Any]], Path],
+    change: Callable[[Path], None],
+    words: str,
+    verb: str,
+) -> None:
+    directory = tmp_path / "tiny"
+    shutil.copytree(base_directory, directory)
+    change(directory)
+    arguments = {
+        "prune": ["--base", directory, "--method", "magnitude", "--sparsity", "0.5"],
+        "federate": ["--clients", clients_file({**configuration, "base": str(directory)})],
+    }
+    prufed(verb, *arguments[verb]).refused(2, words)
+    nothing_made()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (stored("qweight", torch.zeros(8, 32, dtype=torch.int32)), "up_proj.qweight, part of a q"),
+        (stored("weight_packed", torch.zeros(64, 4, dtype=torch.int32)), "up_proj.weight_packed"),
+        (stored("weight.bitmask", torch.zeros(64, 4, dtype=torch.uint8)), "weight.bitmask, part"),
+        (stored("weight", WHOLE.to(torch.int8)), "up_proj.weight is stored as I8"),
+        (stored("weight", WHOLE.to(torch.float8_e4m3fn)), "up_proj.weight is stored as F8_E4M3"),
+    ],
+)
+def test_packed_matrices_are_seen_whatever_the_configuration_says(
+    prufed: Call,
+    nothing_made: Call,
+    base_directory: Path,
+    tmp_path: Path,
+    change: Callable[[Path], None],
+    words: str,
+) -> None:
+    directory = tmp_path / "tiny"
+    shutil.copytree(base_directory, directory)
+    change(directory)
+    wanted = ("--base", directory, "--method", "magnitude", "--sparsity", "0.5")
+    prufed("prune", *wanted).refused(2, "cannot be a base", words)
+    nothing_made("tiny@v1")
 
 
 def test_bytes_that_changed_after_publishing(prufed: Call, base_directory: Path) -> None:
