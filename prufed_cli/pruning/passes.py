@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -30,6 +30,7 @@ from prufed_registry.durable import storage_errors
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from prufed_cli.progress import Task
     from prufed_plugins.api import NestedPruner, NestedSurveyingPruner, Progress, SurveyingPruner
     from prufed_registry import Artifact
 
@@ -140,12 +141,16 @@ def _surveyed(job: Job, decoder: StreamedDecoder, work: Work) -> Sequence[PruneT
         return [made.target for made in job.made]
 
     def ask() -> Mapping[str, Any]:
-        with job.reporter.task("survey the model", total=len(decoder.blocks)) as task:
+        with ExitStack() as stack:
+            tasks: list[Task] = []
 
             def progress(what: str, done: int, of: int) -> None:
                 interrupts.check()
-                task.update(f"{what} {done}/{of}", total=of)
-                task.advance()
+                if not tasks:  # a pruner that has nothing to look for says nothing
+                    opened = job.reporter.task("survey the model", total=of)
+                    tasks.append(stack.enter_context(opened))
+                tasks[0].update(f"{what} {done}/{of}", total=of)
+                tasks[0].advance()
 
             return {"targets": [vars(one) for one in _survey(job, decoder, progress)]}
 
