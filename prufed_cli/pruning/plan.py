@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from prufed_cli.errors import FAILED, PrufedError
 from prufed_cli.models.skeleton import Skeleton
 from prufed_cli.models.streaming import StreamedDecoder
+from prufed_cli.pruning.estimate import (
+    BlockWork,
+    block_seconds,
+    measure_rates,
+    publish_seconds,
+    seconds_of,
+)
 from prufed_cli.pruning.job import Job
 from prufed_cli.pruning.memory import available_memory, show_size
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
 _COPIES = 5
 """Float32 copies of the matrix at hand: its values, their changes, scores, errors, and a spare."""
 _SMALL_BATCH = 32 * 10**6
 """Bytes that a batch may take on its way through a block however small the block is."""
+_HESSIAN_BYTES = 10**6
+"""A statistic of 1000 columns that is this large is a square matrix."""
 _FACTORS = 1
 """Statistics of the largest input that are held besides those of the block, to work with them."""
 
@@ -40,7 +48,7 @@ class Plan:
         in_file: whether they wait in a file.
         separate: whether blocks compute on a device of their own, and activations wait on the host.
         limit: what may be held, on that device where there is one.
-        seconds: a rough estimate; None where nothing was measured.
+        seconds: how long it will take, estimated.
     """
 
     parameters: int
@@ -52,7 +60,7 @@ class Plan:
     in_file: bool
     separate: bool
     limit: int
-    seconds: float | None
+    seconds: float
 
     @property
     def least(self) -> int:
@@ -67,17 +75,15 @@ class Plan:
     def lines(self) -> list[str]:
         """Return the plan for a person."""
         where = "in a file" if self.in_file else "in memory"
-        lines = [
+        return [
             f"{self.parameters:,} parameters in {self.blocks} decoder blocks, "
             f"the largest {show_size(self.block)}",
             f"activations {show_size(self.activations)} {where}, "
             f"statistics {show_size(self.statistics)}, one batch {show_size(self.batch)}",
             f"peak memory about {show_size(self.peak)} of {show_size(self.limit)} "
             + ("free on the device" if self.separate else "allowed"),
+            f"time about {_duration(self.seconds)}",
         ]
-        if self.seconds is not None:
-            lines.append(f"time about {_duration(self.seconds)}")
-        return lines
 
     def document(self) -> dict[str, Any]:
         """Return the plan for a program."""
@@ -96,7 +102,7 @@ class Plan:
 
 
 def make_plan(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, begin: int = 0) -> Plan:
-    """Estimate a pass by running one calibration sequence through the first block.
+    """Estimate a pass by running one calibration batch through the first block.
 
     Args:
         job: the pass.
@@ -114,14 +120,12 @@ def make_plan(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, begin: int
     batches = job.calibration.batches if job.calibration else []
     hidden = skeleton.model.config.get_text_config().hidden_size
     columns: list[int] = []
-    seconds: float | None = None
     batch = largest * 4 * (_COPIES + len(job.made) - 1)
     if batches:
-        groups, forward = _probe(decoder, batches[0][:1])
-        columns = [max(shapes[0][name][1] for name in group) for group in groups]
+        columns = [
+            max(shapes[0][name][1] for name in group) for group in _groups(decoder, batches[0][:1])
+        ]
         batch = max(batch, batches[0].numel() * _token_bytes(job, skeleton, decoder))
-        seconds = _seconds(job, forward, columns, shapes[0]) * (len(shapes) - begin)
-        seconds += forward * sum(each.shape[0] for each in batches) * begin
     one = statistic_bytes(job)
     statistics = sum(one(count) for count in columns)
     statistics += _FACTORS * max((one(count) for count in columns), default=0)
@@ -137,19 +141,17 @@ def make_plan(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, begin: int
             f"{_more_room(separate, least)}, or use a shorter --length",
             FAILED,
         )
-    parameters = sum(math.prod(one.shape) for one in skeleton.stored.values())
-    in_file = activations + (0 if separate else least) > host
     return Plan(
-        parameters,
-        len(sizes),
-        max(sizes),
-        statistics,
-        batch,
-        activations,
-        in_file,
-        separate,
-        limit,
-        seconds,
+        parameters=sum(math.prod(one.shape) for one in skeleton.stored.values()),
+        blocks=len(sizes),
+        block=max(sizes),
+        statistics=statistics,
+        batch=batch,
+        activations=activations,
+        in_file=activations + (0 if separate else least) > host,
+        separate=separate,
+        limit=limit,
+        seconds=_seconds(job, skeleton, decoder, columns, begin),
     )
 
 
@@ -195,7 +197,7 @@ def statistic_bytes(job: Job) -> Callable[[int], int]:
 
 def warn_of_few_tokens(job: Job, decoder: StreamedDecoder) -> None:
     """Warn where a Hessian of fewer tokens than columns cannot have full rank."""
-    if job.calibration is None or statistic_bytes(job)(1000) < 10**6:
+    if job.calibration is None or statistic_bytes(job)(1000) < _HESSIAN_BYTES:
         return
     columns, name = max((shape[1], name) for name, shape in decoder.shapes(0).items())
     length = job.calibration.batches[0].shape[1]
@@ -207,8 +209,8 @@ def warn_of_few_tokens(job: Job, decoder: StreamedDecoder) -> None:
         )
 
 
-def _probe(decoder: StreamedDecoder, batch: Any) -> tuple[list[list[str]], float]:
-    """Return which matrices of block 0 share an input, and the seconds one sequence takes."""
+def _groups(decoder: StreamedDecoder, batch: Tensor) -> list[list[str]]:
+    """Return which matrices of block 0 receive the same input."""
     import torch
 
     inputs: dict[str, int] = {}
@@ -224,39 +226,64 @@ def _probe(decoder: StreamedDecoder, batch: Any) -> tuple[list[list[str]], float
     handles = [module.register_forward_pre_hook(look(name)) for name, module in linears.items()]
     try:
         with torch.no_grad():
-            kept = decoder.run_block(0, hidden, arguments)
+            kept = decoder.run_block(0, hidden, arguments)  # noqa: F841 (keeps the inputs' identity)
     finally:
         for handle in handles:
             handle.remove()
-    started = time.perf_counter()
-    with torch.no_grad():
-        kept = decoder.run_block(0, hidden, arguments)
-        kept.cpu()
-    seconds = time.perf_counter() - started
     groups: dict[object, list[str]] = {}
     for name in linears:
         groups.setdefault(inputs.get(name, name), []).append(name)
-    return list(groups.values()), seconds
+    return list(groups.values())
 
 
 def _seconds(
-    job: Job, forward: float, columns: list[int], shapes: Mapping[str, tuple[int, int]]
+    job: Job, skeleton: Skeleton, decoder: StreamedDecoder, columns: Sequence[int], begin: int
 ) -> float:
-    """Return about how long one block takes, by the rate at which a sequence went through it.
+    """Return about how long the pass takes from block ``begin`` on, and to publish what it made.
 
-    Two forward passes; for each Hessian c² operations per token and c³ to factor it; for each
-    matrix 2·rows·c² to prune it.
+    Scores by ``--perplexity`` are not in it.
     """
-    assert job.calibration is not None
-    sequences = sum(batch.shape[0] for batch in job.calibration.batches)
-    length = job.calibration.batches[0].shape[1]
-    rate = 2 * length * sum(math.prod(shape) for shape in shapes.values()) / max(forward, 1e-9)
-    seconds = 2 * forward * sequences
-    if statistic_bytes(job)(1000) >= 10**6:
-        work = sum(c * c * length * sequences + c**3 for c in columns)
-        work += len(job.made) * sum(2 * rows * c * c for rows, c in shapes.values())
-        seconds += work / rate
+    rates = measure_rates(job.options.device)
+    blocks = len(decoder.blocks)
+    tokens, forward = 0, 0.0
+    if job.calibration is not None:
+        tokens = sum(batch.numel() for batch in job.calibration.batches)
+        forward = _forward_seconds(job, decoder, job.calibration.batches[0]) * tokens
+    stored = sum(math.prod(one.shape) for one in skeleton.stored.values())
+    seconds = len(job.made) * publish_seconds(stored, rates)
+    if job.pruner.result == "sliced":
+        return seconds + blocks * forward
+    surveyed = "owl" in map(str, job.made[0].recipe["params"].values())
+    for index in range(blocks):
+        if index < begin:  # run again, to see what the first unfinished block receives
+            seconds += forward
+            continue
+        last = index + 1 == blocks
+        work = BlockWork(
+            shapes=list(decoder.shapes(index).values()),
+            inputs=columns,
+            tokens=tokens,
+            forward=forward,
+            passes=(1 if job.nested or last else 2) if tokens else 0,
+            hessians=statistic_bytes(job)(1000) >= _HESSIAN_BYTES,
+            targets=len(job.made),
+        )
+        seconds += block_seconds(work, rates) + (forward if surveyed else 0.0)
     return seconds
+
+
+def _forward_seconds(job: Job, decoder: StreamedDecoder, batch: Tensor) -> float:
+    """Return the seconds that one token of a batch takes through block 0."""
+    import torch
+
+    ((hidden, arguments),) = decoder.embed([batch])
+    decoder.linears(0)
+
+    def forward() -> None:
+        with torch.no_grad():
+            decoder.run_block(0, hidden, arguments)
+
+    return seconds_of(forward, job.options.device) / batch.numel()
 
 
 def _free_on(device: torch.device) -> int:

@@ -1,0 +1,153 @@
+"""How long a pass takes: its operations, counted, at rates measured on this machine just before.
+
+A block's forward pass is timed itself, on a batch. What pruning adds is counted in three units,
+each measured for some milliseconds: multiply-adds of a large product, passes over the entries of an
+array, and single small operations. The factors below say how far the parts of the work fall short
+of those rates; they were fitted to the times that the parts take on one thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    import torch
+
+_SIDE: Final = 512
+_ENTRIES: Final = 1 << 22
+_STEPS: Final = 200
+_WINDOW: Final = 0.08
+"""Seconds over which a rate is taken: several time slices of a core that is shared."""
+
+_HESSIAN: Final = 0.56 / 0.7
+"""Share of a full product that the panels above the diagonal come to, over their speed."""
+_FACTOR: Final = 1 / 6 / 0.36
+"""Multiply-adds of a Cholesky factorization per c³, over their speed."""
+_SWEEP: Final = 1 / 2 / 0.7
+"""Multiply-adds per rows·c² that bring changes to later columns, over their speed."""
+_BLOCK: Final = 280
+"""Multiply-adds per entry inside a block of columns."""
+_COLUMN: Final = 25
+"""Small operations per column that is pruned."""
+_SWEPT: Final = 14
+"""Passes over a matrix to score, select and sweep its entries, and to sum up the error."""
+_CHOSEN: Final = 9
+"""Passes over a matrix to score and select its entries at once."""
+_MATRIX: Final = 20
+"""Passes over a matrix to read, check, apply, pack and write it."""
+_ENERGY: Final = 2
+"""Passes over the outputs of the matrices to sum up their squares."""
+_PUBLISHED: Final = 8
+"""Passes over a sub-model to put it together, write it and hash it."""
+_START: Final = 0.05
+"""Seconds that a block takes however small it is."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast this machine is now, with what else runs on it.
+
+    Attributes:
+        product: seconds of one multiply-add of a large float32 product.
+        entry: seconds to read one float32 entry and write it to new memory.
+        step: seconds of one operation on a few entries.
+    """
+
+    product: float
+    entry: float
+    step: float
+
+
+@dataclass(frozen=True)
+class BlockWork:
+    """What one decoder block asks for.
+
+    Attributes:
+        shapes: (rows, columns) of the matrices to prune.
+        inputs: columns of every distinct input of them.
+        tokens: calibration tokens.
+        forward: seconds in which all of them go through the block once.
+        passes: how often they do; none where the method needs no calibration.
+        hessians: whether a Hessian of each input is gathered and factored, and its columns swept.
+        targets: how many sub-models are made of it.
+    """
+
+    shapes: Sequence[tuple[int, int]]
+    inputs: Sequence[int]
+    tokens: int
+    forward: float
+    passes: int
+    hessians: bool
+    targets: int
+
+
+def measure_rates(device: torch.device) -> Rates:
+    """Return the rates of a device; takes a quarter of a second."""
+    import torch
+
+    square = torch.ones(_SIDE, _SIDE, device=device)
+    array = torch.ones(_ENTRIES, device=device)
+    few = torch.ones(64, device=device)
+    result, scaled = torch.empty_like(square), few.clone()
+
+    def multiply() -> None:
+        torch.mm(square, square, out=result)
+
+    def copy() -> None:
+        array.clone()  # into new memory, as nearly every pass over a matrix does
+
+    def step() -> None:
+        for _ in range(_STEPS):
+            torch.mul(few, few, out=scaled)
+
+    return Rates(
+        seconds_of(multiply, device) / _SIDE**3,
+        seconds_of(copy, device) / _ENTRIES,
+        seconds_of(step, device) / _STEPS,
+    )
+
+
+def seconds_of(work: Callable[[], object], device: torch.device, window: float = _WINDOW) -> float:
+    """Return the mean seconds of some work over at least ``window`` seconds.
+
+    The mean, not the least: where other processes want the cores, the pass will feel it as well.
+    The first run is not counted.
+    """
+    import torch
+
+    work()
+    runs, taken = 0, 0.0
+    started = time.perf_counter()
+    while taken < window:
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        runs += 1
+        taken = time.perf_counter() - started
+    return taken / runs
+
+
+def block_seconds(work: BlockWork, rates: Rates) -> float:
+    """Return how long one block takes to calibrate, prune and write."""
+    seconds = _START + work.passes * work.forward
+    if work.passes:
+        seconds += work.tokens * sum(rows for rows, _ in work.shapes) * _ENERGY * rates.entry
+    for rows, columns in work.shapes:
+        entries, passes = rows * columns, _MATRIX + (_SWEPT if work.hessians else _CHOSEN)
+        seconds += work.targets * entries * passes * rates.entry
+        if work.hessians:
+            once = entries * (_SWEEP * columns + _BLOCK) * rates.product
+            seconds += work.targets * (once + columns * _COLUMN * rates.step)
+    if work.hessians:
+        squares = ((columns, columns**2) for columns in work.inputs)
+        products = sum((_HESSIAN * work.tokens + _FACTOR * c) * square for c, square in squares)
+        seconds += products * rates.product
+    return seconds
+
+
+def publish_seconds(entries: int, rates: Rates) -> float:
+    """Return how long a sub-model of so many entries takes to be put together and published."""
+    return entries * _PUBLISHED * rates.entry
