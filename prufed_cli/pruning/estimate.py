@@ -26,8 +26,9 @@ _HESSIAN: Final = 0.56 / 0.7
 """Share of a full product that the panels above the diagonal come to, over their speed."""
 _FACTOR: Final = 1 / 6 / 0.36
 """Multiply-adds of a Cholesky factorization per c³, over their speed."""
-_SWEEP: Final = 1 / 2 / 0.7
-"""Multiply-adds per rows·c² that bring changes to later columns, over their speed."""
+_SWEEP: Final = (1 / 2 + 1 / 2) / 0.7
+"""Multiply-adds per rows·c² that bring changes to later columns, and that the error is relative to,
+over their speed."""
 _BLOCK: Final = 280
 """Multiply-adds per entry inside a block of columns."""
 _COLUMN: Final = 25
@@ -38,8 +39,6 @@ _CHOSEN: Final = 9
 """Passes over a matrix to score and select its entries at once."""
 _MATRIX: Final = 20
 """Passes over a matrix to read, check, apply, pack and write it."""
-_ENERGY: Final = 2
-"""Passes over the outputs of the matrices to sum up their squares."""
 _PUBLISHED: Final = 8
 """Passes over a sub-model to put it together, write it and hash it."""
 _START: Final = 0.05
@@ -70,7 +69,7 @@ class BlockWork:
         inputs: columns of every distinct input of them.
         tokens: calibration tokens.
         forward: seconds in which all of them go through the block once.
-        passes: how often they do; none where the method needs no calibration.
+        passes: how often they do; a pass that only looks at inputs ends before the last matrices.
         hessians: whether a Hessian of each input is gathered and factored, and its columns swept.
         targets: how many sub-models are made of it.
     """
@@ -79,7 +78,7 @@ class BlockWork:
     inputs: Sequence[int]
     tokens: int
     forward: float
-    passes: int
+    passes: float
     hessians: bool
     targets: int
 
@@ -133,8 +132,6 @@ def seconds_of(work: Callable[[], object], device: torch.device, window: float =
 def block_seconds(work: BlockWork, rates: Rates) -> float:
     """Return how long one block takes to calibrate, prune and write."""
     seconds = _START + work.passes * work.forward
-    if work.passes:
-        seconds += work.tokens * sum(rows for rows, _ in work.shapes) * _ENERGY * rates.entry
     for rows, columns in work.shapes:
         entries, passes = rows * columns, _MATRIX + (_SWEPT if work.hessians else _CHOSEN)
         seconds += work.targets * entries * passes * rates.entry

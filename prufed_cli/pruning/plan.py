@@ -119,13 +119,12 @@ def make_plan(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, begin: int
     sizes = [_block_bytes(skeleton, decoder, index, width) for index in range(len(shapes))]
     batches = job.calibration.batches if job.calibration else []
     hidden = skeleton.model.config.get_text_config().hidden_size
-    columns: list[int] = []
+    groups: list[list[str]] = []
     batch = largest * 4 * (_COPIES + len(job.made) - 1)
     if batches:
-        columns = [
-            max(shapes[0][name][1] for name in group) for group in _groups(decoder, batches[0][:1])
-        ]
+        groups = _groups(decoder, batches[0][:1])
         batch = max(batch, batches[0].numel() * _token_bytes(job, skeleton, decoder))
+    columns = [shapes[0][group[0]][1] for group in groups]
     one = statistic_bytes(job)
     statistics = sum(one(count) for count in columns)
     statistics += _FACTORS * max((one(count) for count in columns), default=0)
@@ -151,7 +150,7 @@ def make_plan(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, begin: int
         in_file=activations + (0 if separate else least) > host,
         separate=separate,
         limit=limit,
-        seconds=_seconds(job, skeleton, decoder, columns, begin),
+        seconds=_seconds(job, skeleton, decoder, groups, begin),
     )
 
 
@@ -237,7 +236,11 @@ def _groups(decoder: StreamedDecoder, batch: Tensor) -> list[list[str]]:
 
 
 def _seconds(
-    job: Job, skeleton: Skeleton, decoder: StreamedDecoder, columns: Sequence[int], begin: int
+    job: Job,
+    skeleton: Skeleton,
+    decoder: StreamedDecoder,
+    groups: Sequence[Sequence[str]],
+    begin: int,
 ) -> float:
     """Return about how long the pass takes from block ``begin`` on, and to publish what it made.
 
@@ -253,18 +256,23 @@ def _seconds(
     seconds = len(job.made) * publish_seconds(stored, rates)
     if job.pruner.result == "sliced":
         return seconds + blocks * forward
-    surveyed = "owl" in map(str, job.made[0].recipe["params"].values())
+    first = decoder.shapes(0)
+    unseen = sum(math.prod(first[name]) for group in groups[-1:] for name in group)
+    looking = 1 - unseen / sum(map(math.prod, first.values()))  # of a forward pass
+    surveyed = job.made[0].recipe["params"].get("layer_ratio") == "owl"
     for index in range(blocks):
         if index < begin:  # run again, to see what the first unfinished block receives
             seconds += forward
             continue
-        last = index + 1 == blocks
+        passes = looking + (index + 1 < blocks)  # and once more, with what was pruned
+        if job.nested:
+            passes = 1 if index + 1 < blocks else looking
         work = BlockWork(
             shapes=list(decoder.shapes(index).values()),
-            inputs=columns,
+            inputs=[first[group[0]][1] for group in groups],
             tokens=tokens,
             forward=forward,
-            passes=(1 if job.nested or last else 2) if tokens else 0,
+            passes=passes if tokens else 0,
             hessians=statistic_bytes(job)(1000) >= _HESSIAN_BYTES,
             targets=len(job.made),
         )
