@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from prufed_cli.commands.options import Device, Dtype, Json, Quiet
+from prufed_cli.commands.options import Device, Dtype, Json, Quiet, TrustRemoteCode
 
 
 def command(
@@ -42,9 +42,7 @@ def command(
     ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

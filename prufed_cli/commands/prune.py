@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from prufed_cli.commands.options import Device, Dtype, Json, Quiet, Settings
+from prufed_cli.commands.options import Device, Dtype, Json, Quiet, Settings, TrustRemoteCode
 
 if TYPE_CHECKING:
     from prufed_cli.pruning import PruneResult
@@ -75,9 +75,7 @@ def command(
     ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

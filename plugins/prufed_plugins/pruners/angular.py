@@ -11,18 +11,15 @@ smallest distance go.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from prufed_plugins.pruners.block_states import passages
-from prufed_plugins.pruners.layers import LayerPruner
+from prufed_plugins.pruners.layers import Dropped, LayerPruner, Subject
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from prufed_plugins.api import Decoder, Progress
 
 
 class Angular(LayerPruner):
@@ -33,45 +30,31 @@ class Angular(LayerPruner):
 
     needs_calibration = True
 
-    def choose(
-        self,
-        decoder: Decoder,
-        calibration: Sequence[Tensor] | None,
-        count: int,
-        progress: Progress,
-    ) -> tuple[set[int], Sequence[float] | None]:
+    def choose(self, subject: Subject, count: int) -> Dropped:
         """Return the run of the smallest distance, and all distances; nothing where K is 0.
 
         Raises:
             MethodError: no calibration, or a hidden state that is not finite.
         """
         if count == 0:
-            progress("layers", len(decoder.blocks), len(decoder.blocks))
+            subject.all_seen()
             return set(), None
-        distances = angular_distances(last_token_states(decoder, calibration, progress), count)
+        distances = angular_distances(last_token_states(subject), count)
         # of equal distances the higher layers go, as with every strategy
         start = min(range(len(distances)), key=lambda index: (distances[index], -index))
         return set(range(start, start + count)), distances
 
 
-def last_token_states(
-    decoder: Decoder, calibration: Sequence[Tensor] | None, progress: Progress
-) -> Tensor:
-    """Return the last token's state before every block and after the last one, (L+1, N, H).
-
-    Args:
-        decoder: the model of L blocks.
-        calibration: N sequences in batches (B, T).
-        progress: told about finished blocks.
-    """
-    layers = len(decoder.blocks)
+def last_token_states(subject: Subject) -> Tensor:
+    """Return the last token's state before every block and after the last one, (L+1, N, H)."""
+    layers = subject.layers
     entering: list[list[Tensor]] = [[] for _ in range(layers + 1)]
-    for block, batch, before, after in passages(decoder, calibration):
+    for block, batch, before, after in passages(subject.decoder, subject.calibration):
         if block == 0:
             entering[0].append(_last(before))
         entering[block + 1].append(_last(after))
-        if batch + 1 == len(calibration or ()):
-            progress("block", block + 1, layers)
+        if batch + 1 == len(subject.calibration or ()):
+            subject.progress("block", block + 1, layers)
     return torch.stack([torch.cat(batches) for batches in entering])
 
 

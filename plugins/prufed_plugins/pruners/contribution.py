@@ -16,12 +16,16 @@ from torch.nn.functional import cosine_similarity
 
 from prufed_plugins.errors import MethodError
 from prufed_plugins.pruners.block_states import passages
-from prufed_plugins.pruners.layers import FEWEST_LAYERS, ScoringLayerPruner, said_counts
+from prufed_plugins.pruners.layers import (
+    FEWEST_LAYERS,
+    Dropped,
+    ScoringLayerPruner,
+    Subject,
+    said_counts,
+)
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from prufed_plugins.api import Decoder, Progress, PruneTarget
+    from prufed_plugins.api import PruneTarget
     from prufed_plugins.params import ContributionParams
 
 
@@ -52,40 +56,32 @@ class Contribution(ScoringLayerPruner):
             )
         return 0
 
-    def choose(
-        self,
-        decoder: Decoder,
-        calibration: Sequence[Tensor] | None,
-        count: int,
-        progress: Progress,
-    ) -> tuple[set[int], Sequence[float]]:
+    def choose(self, subject: Subject, count: int) -> Dropped:
         """Return the layers of the lowest scores or above the threshold, and all scores.
 
         Raises:
             MethodError: as :func:`above`, and :meth:`scores`.
         """
         if self._threshold is None:
-            return super().choose(decoder, calibration, count, progress)
-        scores = self.scores(decoder, calibration, progress)
+            return super().choose(subject, count)
+        scores = self.scores(subject)
         return above(scores, self._threshold), scores
 
-    def scores(
-        self, decoder: Decoder, calibration: Sequence[Tensor] | None, progress: Progress
-    ) -> list[float]:
+    def scores(self, subject: Subject) -> list[float]:
         """Return the Block Influence of every layer.
 
         Raises:
             MethodError: no calibration, or a hidden state that is not finite.
         """
-        layers = len(decoder.blocks)
+        layers = subject.layers
         sums, tokens = [0.0] * layers, [0] * layers
-        for block, batch, before, after in passages(decoder, calibration):
+        for block, batch, before, after in passages(subject.decoder, subject.calibration):
             # In float32 a cosine near 1 is off by 1e-7, far below what tells layers apart.
             cosines = cosine_similarity(before.float(), after.float(), dim=-1)  # (B, T)
             sums[block] += float(cosines.sum())
             tokens[block] += cosines.numel()
-            if batch + 1 == len(calibration or ()):
-                progress("block", block + 1, layers)
+            if batch + 1 == len(subject.calibration or ()):
+                subject.progress("block", block + 1, layers)
         return [1 - total / count for total, count in zip(sums, tokens, strict=True)]
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from prufed_plugins.errors import MethodError
-from prufed_plugins.pruners.layers import LayerPruner
+from prufed_plugins.pruners.layers import Dropped, LayerPruner, Subject
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from prufed_plugins.api import Decoder, Progress, PruneTarget
+    from prufed_plugins.api import PruneTarget
     from prufed_plugins.params import ExplicitParams
 
 
@@ -35,17 +32,10 @@ class Explicit(LayerPruner):
             )
         return len(_dropped(layers, self._lists))
 
-    def choose(
-        self,
-        decoder: Decoder,
-        calibration: Sequence[Tensor] | None,
-        count: int,
-        progress: Progress,
-    ) -> tuple[set[int], None]:
+    def choose(self, subject: Subject, count: int) -> Dropped:
         """Return the layers that the list drops."""
-        layers = len(decoder.blocks)
-        progress("layers", layers, layers)
-        return _dropped(layers, self._lists), None
+        subject.all_seen()
+        return _dropped(subject.layers, self._lists), None
 
 
 def _dropped(layers: int, params: ExplicitParams) -> set[int]:

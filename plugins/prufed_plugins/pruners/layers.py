@@ -8,6 +8,7 @@ that looks at the model scores its layers instead, and the lowest scores go.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
 from prufed_plugins.api import KeptLayers
@@ -22,6 +23,34 @@ if TYPE_CHECKING:
 FEWEST_LAYERS: Final = 2
 
 Strategy = Callable[[int, int], "set[int]"]
+
+
+Dropped = tuple["set[int]", "Sequence[float] | None"]
+"""The indices of the layers to drop, and the scores that decided where there are any."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a layer pruner works on.
+
+    Attributes:
+        decoder: the model.
+        calibration: batches of token ids, each (B, T); None where the method needs none.
+        progress: told about finished blocks.
+    """
+
+    decoder: Decoder
+    calibration: Sequence[Tensor] | None
+    progress: Progress
+
+    @property
+    def layers(self) -> int:
+        """How many decoder layers the model has."""
+        return len(self.decoder.blocks)
+
+    def all_seen(self) -> None:
+        """Say that nothing of the model is left to look at."""
+        self.progress("layers", self.layers, self.layers)
 
 
 class LayerPruner:
@@ -45,11 +74,11 @@ class LayerPruner:
         Raises:
             MethodError: so many layers cannot be dropped; or what :meth:`choose` raises.
         """
-        layers = len(decoder.blocks)
-        count = self.count(layers, target)
-        check_count(layers, count)
-        dropped, scores = self.choose(decoder, calibration, count, progress)
-        kept = tuple(index for index in range(layers) if index not in dropped)
+        subject = Subject(decoder, calibration, progress)
+        count = self.count(subject.layers, target)
+        check_count(subject.layers, count)
+        dropped, scores = self.choose(subject, count)
+        kept = tuple(index for index in range(subject.layers) if index not in dropped)
         yield KeptLayers(kept, scores if scores is None else tuple(scores))
 
     def count(self, layers: int, target: PruneTarget) -> int:
@@ -60,13 +89,7 @@ class LayerPruner:
         """
         return dropped_count(layers, self._params, target)
 
-    def choose(
-        self,
-        decoder: Decoder,
-        calibration: Sequence[Tensor] | None,
-        count: int,
-        progress: Progress,
-    ) -> tuple[set[int], Sequence[float] | None]:
+    def choose(self, subject: Subject, count: int) -> Dropped:
         """Return the layers to drop, and the scores that decided where there are any.
 
         Raises:
@@ -82,17 +105,10 @@ class PositionalLayerPruner(LayerPruner):
         super().__init__(params)
         self._strategy = strategy
 
-    def choose(
-        self,
-        decoder: Decoder,
-        calibration: Sequence[Tensor] | None,
-        count: int,
-        progress: Progress,
-    ) -> tuple[set[int], None]:
+    def choose(self, subject: Subject, count: int) -> Dropped:
         """Return what the strategy drops."""
-        layers = len(decoder.blocks)
-        dropped = self._strategy(layers, count)
-        progress("layers", layers, layers)
+        dropped = self._strategy(subject.layers, count)
+        subject.all_seen()
         return dropped, None
 
 
@@ -102,21 +118,13 @@ class ScoringLayerPruner(LayerPruner):
     A method says what the scores are.
     """
 
-    def choose(
-        self,
-        decoder: Decoder,
-        calibration: Sequence[Tensor] | None,
-        count: int,
-        progress: Progress,
-    ) -> tuple[set[int], Sequence[float]]:
+    def choose(self, subject: Subject, count: int) -> Dropped:
         """Return the layers of the lowest scores, and all scores."""
-        scores = self.scores(decoder, calibration, progress)
+        scores = self.scores(subject)
         return lowest(scores, count), scores
 
-    def scores(
-        self, decoder: Decoder, calibration: Sequence[Tensor] | None, progress: Progress
-    ) -> list[float]:
-        """Return one score per layer; each finished block is told to ``progress``."""
+    def scores(self, subject: Subject) -> list[float]:
+        """Return one score per layer; each finished block is told to its ``progress``."""
         raise NotImplementedError
 
 

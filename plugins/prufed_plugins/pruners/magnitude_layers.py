@@ -7,23 +7,13 @@ block's matrices.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-from prufed_plugins.pruners.layers import ScoringLayerPruner
+from prufed_plugins.pruners.layers import ScoringLayerPruner, Subject
 from prufed_plugins.pruners.weight_scores import mean_abs, weight_scores
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from prufed_plugins.api import Decoder, Progress
 
 
 class MagnitudeLayers(ScoringLayerPruner):
     """Drops the K layers of the smallest mean |w|."""
 
-    def scores(
-        self, decoder: Decoder, calibration: Sequence[Tensor] | None, progress: Progress
-    ) -> list[float]:
+    def scores(self, subject: Subject) -> list[float]:
         """Return the mean |w| of every layer."""
-        return weight_scores(decoder, mean_abs, progress)
+        return weight_scores(subject.decoder, mean_abs, subject.progress)

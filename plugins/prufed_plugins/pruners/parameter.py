@@ -7,17 +7,14 @@ their weights; movement is how far tuning took them from where they were.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
-from prufed_plugins.pruners.layers import ScoringLayerPruner
+from prufed_plugins.pruners.layers import ScoringLayerPruner, Subject
 from prufed_plugins.pruners.reference_weights import ReferenceWeights
 from prufed_plugins.pruners.weight_scores import Score, l1, l2, mean_abs, variance, weight_scores
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from prufed_plugins.api import Decoder, Progress
     from prufed_plugins.params import ParameterParams
 
 SCORES: Final[Mapping[str, Score]] = {
@@ -37,13 +34,11 @@ class Parameter(ScoringLayerPruner):
         self._score = SCORES[params.score]
         self._reference = params.reference
 
-    def scores(
-        self, decoder: Decoder, calibration: Sequence[Tensor] | None, progress: Progress
-    ) -> list[float]:
+    def scores(self, subject: Subject) -> list[float]:
         """Return the weight score of every layer.
 
         Raises:
             MethodError: the reference cannot be read, or is another model's.
         """
         origin = None if self._reference is None else ReferenceWeights(self._reference)
-        return weight_scores(decoder, self._score, progress, origin)
+        return weight_scores(subject.decoder, self._score, subject.progress, origin)
