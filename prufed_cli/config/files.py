@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from prufed_cli.config.messages import Problem
 from prufed_cli.config.yaml_source import KeyPath
@@ -25,11 +25,13 @@ def resolve_paths(document: MutableMapping[str, Any], directory: Path) -> Iterat
     yield from _path(document, ("evaluate", "perplexity"), directory)
     yield from _base(document, ("base",), directory)
     yield from _calibration(document, ("pruner", "calibration"), directory)
+    yield from _parameters(document, ("pruner",), directory)
     clients = document.get("clients")
     for index in range(len(clients) if isinstance(clients, list) else 0):
         yield from _path(document, ("clients", index, "data"), directory)
         yield from _base(document, ("clients", index, "base"), directory)
         yield from _calibration(document, ("clients", index, "pruner", "calibration"), directory)
+        yield from _parameters(document, ("clients", index, "pruner"), directory)
 
 
 def _path(
@@ -81,6 +83,26 @@ def _calibration(document: Any, path: KeyPath, directory: Path) -> Iterator[Prob
         found[0][path[-1]] = str(resolved)
     elif _is_path(found[1]) or resolved.suffix.lower() in _TEXT_SUFFIXES:
         yield Problem(path, f"no file or directory {found[1]!r} (looked for {resolved})")
+
+
+def _parameters(document: Any, path: KeyPath, directory: Path) -> Iterator[Problem]:
+    """Resolve those parameters of a section's pruner that are paths.
+
+    A client's section that names no pruner is about the one that all have.
+    """
+    from prufed_plugins.discover import catalog
+    from prufed_plugins.errors import MethodError
+
+    named = _text_at(document, (*path, "name")) or _text_at(document, ("pruner", "name"))
+    if named is None:
+        return
+    try:
+        fields = catalog().get("pruner", named[1]).method.params.model_fields
+    except MethodError:
+        return  # what is wrong with the name is said where names are checked
+    for name, field in fields.items():
+        if Path in {field.annotation, *get_args(field.annotation)}:
+            yield from _path(document, (*path, field.alias or name), directory)
 
 
 def _is_path(text: str) -> bool:

@@ -209,6 +209,10 @@ CASES = {
         SHARED + "pruner: {calibration: c.txt}\nclients: [{name: a}]\n",
         ["2:23: pruner.calibration: no file or directory 'c.txt' (looked for DIR/c.txt)"],
     ),
+    "missing reference of a pruner": (
+        SHARED + "pruner: {name: parameter, score: movement, reference: r}\nclients: [{name: a}]\n",
+        ["2:55: pruner.reference: no file 'r' (looked for DIR/r)"],
+    ),
     "missing base directory": (
         SHARED + "base: ./model\nclients: [{name: a}]\n",
         ["2:7: base: no directory './model' (looked for DIR/model)"],

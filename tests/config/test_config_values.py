@@ -70,6 +70,24 @@ def test_paths_are_relative_to_the_file(
     assert loaded.pruner_of(loaded.clients[2]).calibration == "someone/dataset"
 
 
+def test_a_pruner_s_paths_are_relative_to_the_file(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    for name in ("before", "other"):
+        (directory / name).mkdir()
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    loaded = config(
+        directory,
+        "data: {path: rows.jsonl}\n"
+        "pruner: {name: parameter, score: movement, reference: before}\n"
+        "clients:\n"
+        "- {name: a, keep_layers: 4}\n"
+        "- {name: b, keep_layers: 4, pruner: {reference: ./other}}\n",
+    )
+    first, second = (loaded.pruner_of(client).settings["reference"] for client in loaded.clients)
+    assert (first, second) == (str(directory / "before"), str(directory / "other"))
+
+
 def test_scalars_are_those_of_yaml_1_2(directory: Path) -> None:
     loaded = config(
         directory,
