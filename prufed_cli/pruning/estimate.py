@@ -33,13 +33,15 @@ _BLOCK: Final = 280
 """Multiply-adds per entry inside a block of columns."""
 _COLUMN: Final = 25
 """Small operations per column that is pruned."""
-_SWEPT: Final = 14
+_SWEPT: Final = 24
 """Passes over a matrix to score, select and sweep its entries, and to sum up the error."""
-_CHOSEN: Final = 9
-"""Passes over a matrix to score and select its entries at once."""
-_MATRIX: Final = 20
+_CHOSEN: Final = 11
+"""Passes over a matrix to score its entries by its inputs, and select them at once."""
+_SMALLEST: Final = 2
+"""Passes over a matrix to select its smallest entries."""
+_MATRIX: Final = 8
 """Passes over a matrix to read, check, apply, pack and write it."""
-_PUBLISHED: Final = 8
+_PUBLISHED: Final = 7
 """Passes over a sub-model to put it together, write it and hash it."""
 _START: Final = 0.05
 """Seconds that a block takes however small it is."""
@@ -132,9 +134,10 @@ def seconds_of(work: Callable[[], object], device: torch.device, window: float =
 def block_seconds(work: BlockWork, rates: Rates) -> float:
     """Return how long one block takes to calibrate, prune and write."""
     seconds = _START + work.passes * work.forward
+    choosing = _SWEPT if work.hessians else _CHOSEN if work.passes else _SMALLEST
     for rows, columns in work.shapes:
-        entries, passes = rows * columns, _MATRIX + (_SWEPT if work.hessians else _CHOSEN)
-        seconds += work.targets * entries * passes * rates.entry
+        entries = rows * columns
+        seconds += work.targets * entries * (_MATRIX + choosing) * rates.entry
         if work.hessians:
             once = entries * (_SWEEP * columns + _BLOCK) * rates.product
             seconds += work.targets * (once + columns * _COLUMN * rates.step)

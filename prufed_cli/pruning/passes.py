@@ -45,7 +45,6 @@ def run_pass(job: Job, wanted: Sequence[int]) -> list[Artifact]:
         Interrupted: Ctrl-C after at least one block; says how it goes on.
     """
     started = time.monotonic()
-    return_freed_memory()
     skeleton, decoder = _open(job)
     job = in_batches(job, skeleton, decoder)
     with take_work(job.workplace, job.fingerprint) as work:
@@ -73,6 +72,7 @@ def plan_pass(job: Job) -> Plan:
 
 
 def _open(job: Job) -> tuple[Skeleton, StreamedDecoder]:
+    return_freed_memory()  # before the plan, which measures how fast memory comes
     options = job.options
     skeleton = open_skeleton(
         job.base.path, job.base.ref, options.compute, trust_remote_code=options.trust_remote_code
