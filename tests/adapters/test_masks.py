@@ -95,6 +95,14 @@ def test_rank_masks_keep_the_first_ranks() -> None:
     assert not masks[B][:, 2:].any()
 
 
+def test_masks_inside_the_factors_do_not_make_the_product_sparse() -> None:
+    """A sum over 16 ranks is zero only where all of them are: 1 − (1 − 1/4²)¹⁶ = 64 % is not."""
+    factors = {A: torch.ones(16, 200), B: torch.ones(200, 16)}
+    masks = factor_masks("nested", factors, 0.75, seed=0)
+    product = masks[B].float() @ masks[A].float()
+    assert (product > 0).float().mean().item() == pytest.approx(0.644, abs=0.02)
+
+
 def test_structured_masks_follow_the_base() -> None:
     base = torch.zeros(6, 8, dtype=torch.bool)
     base[:3, :4] = True  # input features 0-3 and output features 0-2 survive

@@ -203,6 +203,23 @@ def test_with_whole_rows_masked_and_one_a_for_all_b_is_the_mean_of_those_who_hav
     torch.testing.assert_close(result[3], left[:, 3].mean(dim=0))  # no row at all: HeteAgg's B
 
 
+def test_with_whole_rows_masked_and_one_a_for_all_heteagg_is_exact() -> None:
+    """Σ M_i ⊙ (B_i A) / Σ M_i = B̄ A where M_i keeps whole rows and B_i has those rows alone."""
+    rows = torch.tensor([[True, True, True], [True, True, False], [True, False, True]])
+    updates = random_clients(3, 2, 3, 5, 7)
+    shared = updates[0].tensors[A]
+    masks = [row[:, None].expand(3, 2).contiguous() for row in rows]
+    sent = [
+        replace(u, tensors={A: shared, B: torch.where(mask, u.tensors[B], 0.0)}, masks={B: mask})
+        for u, mask in zip(updates, masks, strict=True)
+    ]
+    result = outcome("heteagg", sent, state_of(2, 3, 5)).state.tensors
+    products = torch.stack([u.tensors[B] @ shared for u in sent]).double()
+    expected = products.sum(dim=0) / rows.sum(dim=0)[:, None]
+    product = result[B].double() @ result[A].double()
+    torch.testing.assert_close(product, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_client_that_sends_what_it_got_leaves_masks_without_effect() -> None:
     """What every client realises is matched exactly, so nothing moves."""
     (one,) = random_clients(1, 2, 6, 5, 0)

@@ -284,6 +284,18 @@ def test_the_cross_term_is_what_averaging_factors_loses(count: int, seed: int) -
         assert found.modules[module]["cross_term"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
+def test_two_clients_lose_a_quarter_of_the_product_of_their_differences() -> None:
+    """Σ p B_i A_i − B̄ Ā = ¼ (B_1 − B_2)(A_1 − A_2), of rank r at most."""
+    one, other = client("a", draw(1)), client("b", draw(2))
+    found = measure([one, other], STATE)
+    for module in MODULES:
+        a, b = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+        lost = (one.tensors[b] - other.tensors[b]) @ (one.tensors[a] - other.tensors[a]) / 4
+        means = (one.tensors[b] + other.tensors[b]) @ (one.tensors[a] + other.tensors[a]) / 4
+        expected = float(lost.norm() / means.norm())
+        assert found.modules[module]["cross_term"] == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("resting", ["A", "B"])
 def test_there_is_no_cross_term_where_a_factor_rests_however_clients_are_masked(
     resting: str,
