@@ -2,21 +2,27 @@
 
 Everything is in the common scale, and an update is its change Δ_i = θ_i − g on the entries that the
 client has; an entry it lacks counts as no change.
+
+The clients' changes of one factor lie side by side, in runs of entries that bound the memory
+whatever the number of clients: directions and the cross term are then products of matrices. Those
+are taken in float32, and in float64 where that overflows; sums over runs and modules are float64.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from prufed_plugins.aggregators.validation import check_facts, in_order, load_part
-from prufed_plugins.api import GlobalState, Part, Update
+from prufed_plugins.api import GlobalState, Update
 from prufed_plugins.errors import UpdateError
+from prufed_plugins.memory import scratch
 from prufed_plugins.names import by_module, in_layers
 
 _KEYS: Final = ("lora_A.weight", "lora_B.weight")
@@ -25,10 +31,13 @@ LARGEST_CROSS_TERM: Final = 512
 """Ranks of all clients together above which the cross term is not computed: its cost is their
 square."""
 
+LARGEST_RUN: Final = 1 << 24
+"""Entries of all clients together that lie side by side. A factor with more is taken in runs, each
+of which reads every client again, and has no cross term."""
 
-LARGEST_TABLE: Final = 1 << 29
-"""Bytes that one module of all clients may take side by side. Above, clients are measured one by
-one, and not against their mean: memory must not grow with their number."""
+_PIECE: Final = 1 << 15
+
+Array = np.ndarray[Any, Any]
 
 
 @dataclass
@@ -41,10 +50,9 @@ class Measurement:
             ``cosine_min``, ``cosine_mean``: of the angle between Δ_i and the plain mean of all.
             ``cross_term``: ‖Σ p (B_i − B̄)(A_i − Ā)‖ / ‖B̄ Ā‖ with p = 1/n, what averaging the
             factors loses of the mean product where nothing is masked; means and deviations are
-            over the entries that clients have. Absent where there are too many ranks. Cosines and
-            the cross term are absent where a module of all clients is too large.
+            over the entries that clients have. Absent where there are too many ranks or entries.
         norms: ‖Δ_i‖ of the whole adapter, by client.
-        cosines: with the mean, over the modules that the client has and that have one.
+        cosines: with the mean, over the modules that the client has.
     """
 
     modules: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -75,7 +83,7 @@ WHOLE: Final = Sending()
 
 
 def measure(updates: Sequence[Update], state: GlobalState, sending: Sending = WHOLE) -> Measurement:
-    """Measure a round's updates; each is read once, one module of all clients at a time.
+    """Measure a round's updates, one factor of all clients at a time.
 
     An update that cannot be read or does not fit is left out: the merge says what is wrong with it.
 
@@ -94,127 +102,223 @@ def _measure(updates: Sequence[Update], state: GlobalState, sending: Sending) ->
     for update in updates:
         check_facts(update, state, mixes_ranks=True)
     found = Measurement()
-    squares = dict.fromkeys((update.client for update in updates), 0.0)  # ‖Δ_i‖²
-    # Δ_i · Δ̄, ‖Δ̄‖² and ‖Δ_i‖² over the client's modules that are measured against their mean
-    dots, means, seen = dict(squares), dict(squares), dict(squares)
+    place = {update.client: row for row, update in enumerate(updates)}
+    totals = np.zeros((3, len(updates)))
     for module, names in by_module(state.tensors).items():
         holders = [update for update in updates if in_layers(module, update.kept_layers)]
         if not holders:
             continue
-        current = {key: state.tensors[name] for key, name in names.items()}
-        if 8 * len(holders) * sum(tensor.numel() for tensor in current.values()) > LARGEST_TABLE:
-            alone = (load_part(update, names, state) for update in holders)
-            found.modules[module] = _one_by_one(alone, current, sending, squares)
-            continue
-        parts = [load_part(update, names, state) for update in holders]
-        table = _table(parts, current, sending)
-        mean = table.changes.mean(dim=0)
-        size = float(mean @ mean)
-        norms = torch.linalg.vector_norm(table.changes, dim=1).tolist()
-        products = (table.changes @ mean).tolist()
-        cosines = []
-        for part, norm, dot in zip(parts, norms, products, strict=True):
-            squares[part.client] += norm**2
-            seen[part.client] += norm**2
-            dots[part.client] += dot
-            means[part.client] += size
-            cosines.append(_cosine(dot, norm**2, size))
-        found.modules[module] = {
-            "coverage_histogram": _histogram(table),
-            **_summary("norm", norms),
-            **_summary("cosine", cosines),
-            **_cross_term(table),
-        }
-    for client, square in squares.items():
+        sums, found.modules[module] = _module(holders, names, state, sending)
+        totals[:, [place[update.client] for update in holders]] += sums
+    for client, (square, dot, size) in zip(place, totals.T.tolist(), strict=True):
         found.norms[client] = math.sqrt(square)
-        if seen[client]:
-            found.cosines[client] = _cosine(dots[client], seen[client], means[client])
+        if square:
+            found.cosines[client] = _cosine(dot, square, size)
     return found
 
 
-def _one_by_one(
-    parts: Iterable[Part],
-    current: Mapping[str, Tensor],
-    sending: Sending,
-    squares: dict[str, float],
-) -> dict[str, Any]:
-    """Return what is known of a module without its clients side by side; add to the squares."""
-    norms: list[float] = []
-    counts: Tensor | int = 0
-    for part in parts:
-        table = _table([part], current, sending)
-        counts = counts + (1 if table.present is None else table.present[0].int())
-        norms.append(float(torch.linalg.vector_norm(table.changes)))
-        squares[part.client] += norms[-1] ** 2
-    histogram = torch.bincount(torch.as_tensor(counts).expand(table.before.numel()))
-    return {
-        "coverage_histogram": [*histogram.tolist(), *[0] * (len(norms) + 1 - len(histogram))],
-        **_summary("norm", norms),
+def _module(
+    holders: Sequence[Update], names: Mapping[str, str], state: GlobalState, sending: Sending
+) -> tuple[Array, dict[str, Any]]:
+    """Return the sums, as in :class:`_Factor`, over both factors of a module, and its numbers."""
+    for kind in (np.float32, np.float64):
+        with np.errstate(over="ignore", invalid="ignore"):
+            A, B = (
+                _Columns(holders, axis, names[key], state, sending, np.dtype(kind)).measure()
+                for axis, key in enumerate(_KEYS)
+            )
+        sums = A.sums + B.sums
+        if np.isfinite(sums).all():
+            break  # the squares of changes above 1e19 have no room in float32
+    squares, dots, sizes = sums.tolist()
+    cosines = [_cosine(*numbers) for numbers in zip(dots, squares, sizes, strict=True)]
+    return sums, {
+        "coverage_histogram": (A.histogram + B.histogram).tolist(),
+        **_summary("norm", [math.sqrt(square) for square in squares]),
+        **_summary("cosine", cosines),
+        **_cross_term(A, B, len(holders)),
     }
 
 
 @dataclass(frozen=True)
-class _Table:
-    """One module of all clients: A, then B, as one row of entries each.
+class _Factor:
+    """What is known of one factor of n clients.
 
     Attributes:
-        before: g (entries,), float64; ranks that only clients have are zero.
-        changes: Δ_i (n, entries), float64.
-        present: which entries each client has, bool; None where all have all.
-        split: the number of entries of A, which come first.
-        rank: the largest rank.
+        sums: ‖Δ_i‖², Δ_i · Δ̄ and ‖Δ̄‖² by client, (3, n) float64.
+        histogram: how many entries 0, 1, ..., n clients have, (n + 1,).
+        mean: Ā (r, k), or B̄ (d, r), over the clients that have each entry; None where there are too
+            many ranks or entries.
+        gram: V Vᵀ of V = [A_1 − Ā; ...] (n r, k), or UᵀU of U = [B_1 − B̄, ...] (d, n r); None
+            likewise.
     """
 
-    before: Tensor
-    changes: Tensor
-    present: Tensor | None
-    split: int
-    rank: int
+    sums: Array
+    histogram: Array
+    mean: Array | None = None
+    gram: Array | None = None
 
 
-def _table(parts: Sequence[Part], current: Mapping[str, Tensor], sending: Sending) -> _Table:
-    old = [current[key] for key in _KEYS]
-    rank = max(old[0].shape[0], *(part.rank for part in parts))
-    before = [_padded(tensor.double(), rank, index == 0) for index, tensor in enumerate(old)]
-    split = before[0].numel()
-    entries = split + before[1].numel()
-    changes = torch.zeros(len(parts), entries, dtype=torch.float64)
-    whole = all(
-        part.rank == rank and all(part.masks[key] is None for key in _KEYS) for part in parts
-    )
-    present = None if whole else torch.zeros(len(parts), entries, dtype=torch.bool)
-    for row, part in enumerate(parts):
-        ranks = sending.ranks(part.client, part.rank)
-        for index, key in enumerate(_KEYS):
-            place = slice(0, split) if index == 0 else slice(split, entries)
-            shape, mask = before[index].shape, part.masks[key]
-            if present is not None:
-                held = present[row, place].view(shape)
-                if mask is None:
-                    held.index_fill_(index, ranks, True)
-                else:
-                    held.index_copy_(index, ranks, mask)
-            if "AB"[index] not in sending.personal:
-                change = part.tensors[key].double() - before[index].index_select(index, ranks)
-                if mask is not None:
-                    change.masked_fill_(~mask, 0)
-                changes[row, place].view(shape).index_copy_(index, ranks, change)
-    return _Table(torch.cat([tensor.flatten() for tensor in before]), changes, present, split, rank)
+@dataclass(frozen=True)
+class _Run:
+    """Some entries of one factor of n clients.
+
+    Attributes:
+        before: g, (entries,).
+        changes: Δ_i, (n, entries).
+        present: which entries each client has, (n, entries) bool; None where all have all.
+        squares: ‖Δ_i‖², (n,).
+    """
+
+    before: Array
+    changes: Array
+    present: Array | None
+    squares: Array
 
 
-def _padded(tensor: Tensor, rank: int, rows: bool) -> Tensor:
-    """Return A (r, k) as (rank, k), or B (d, r) as (d, rank), with zeros."""
-    missing = rank - tensor.shape[0 if rows else 1]
-    return torch.nn.functional.pad(tensor, (0, 0, 0, missing) if rows else (0, missing))
+@dataclass(frozen=True)
+class _Columns:
+    """One factor of the clients that have its module, to be read.
+
+    Attributes:
+        holders: the clients.
+        axis: of ranks: 0 for A (r, k), 1 for B (d, r).
+        name: the factor's global name.
+        state: the global adapter.
+        sending: which part of it each client began with.
+        kind: what is computed in.
+    """
+
+    holders: Sequence[Update]
+    axis: int
+    name: str
+    state: GlobalState
+    sending: Sending
+    kind: np.dtype[Any]
+
+    def measure(self) -> _Factor:
+        """Read every client and return what is known of the factor."""
+        count = len(self.holders)
+        before = self._before()
+        width = max(1, LARGEST_RUN // count)
+        small = before.size <= width and count * before.shape[self.axis] <= LARGEST_CROSS_TERM
+        sums, histogram = np.zeros((3, count)), np.zeros(count + 1, dtype=np.int64)
+        for start in range(0, before.size, width):
+            run = self._read(before, slice(start, min(start + width, before.size)))
+            total = run.changes.sum(axis=0)
+            coverage = None if run.present is None else run.present.sum(axis=0, dtype=np.int32)
+            mean = total / self.kind.type(count)
+            sums[0] += run.squares
+            sums[1] += _products(run.changes, mean)
+            sums[2] += _products(mean, mean)
+            if coverage is None:
+                histogram[count] += mean.size
+            else:
+                histogram += np.bincount(coverage, minlength=count + 1)
+            if small:
+                return self._compared(_Factor(sums, histogram), run, total, coverage, before.shape)
+        return _Factor(sums, histogram)
+
+    def _before(self) -> Array:
+        """Return g, with zeros for the ranks that only clients have."""
+        old = self.state.tensors[self.name].detach().cpu()
+        missing = max(0, *(update.rank - old.shape[self.axis] for update in self.holders))
+        pad = (0, missing) if self.axis else (0, 0, 0, missing)
+        whole: Array = torch.nn.functional.pad(old.double(), pad).numpy().astype(self.kind)
+        return whole
+
+    def _read(self, before: Array, where: slice) -> _Run:
+        """Return the entries ``where`` of every client."""
+        shape = (len(self.holders), where.stop - where.start)
+        changes, present = scratch(shape, self.kind), None
+        squares = np.zeros(len(self.holders))
+        old = before.reshape(-1)[where]
+        for row, update in enumerate(self.holders):
+            values, mask = self._load(update, before.shape)
+            change = changes[row]
+            if "AB"[self.axis] in self.sending.personal:
+                change.fill(0)
+            else:
+                np.subtract(values.reshape(-1)[where], old, out=change, casting="same_kind")
+            if mask is not None:
+                if present is None:
+                    present = scratch(shape, np.bool_)
+                    present.fill(True)
+                present[row] = mask.reshape(-1)[where]
+                change *= present[row]
+            squares[row] = _products(change, change)
+        return _Run(old, changes, present, squares)
+
+    def _load(self, update: Update, shape: tuple[int, ...]) -> tuple[Array, Array | None]:
+        """Return a client's factor among all ranks, and which entries it has."""
+        key = _KEYS[self.axis]
+        part = load_part(update, {key: self.name}, self.state)
+        values, mask = part.tensors[key], part.masks[key]
+        ranks = self.sending.ranks(update.client, update.rank)
+        if not torch.equal(ranks, torch.arange(shape[self.axis])):
+            there = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
+            values = torch.zeros(shape, dtype=values.dtype).index_copy_(self.axis, ranks, values)
+            mask = torch.zeros(shape, dtype=torch.bool).index_copy_(self.axis, ranks, there)
+        return values.numpy(), None if mask is None else mask.numpy()
+
+    def _compared(
+        self,
+        found: _Factor,
+        run: _Run,
+        total: Array,
+        coverage: Array | None,
+        shape: tuple[int, ...],
+    ) -> _Factor:
+        """Return the factor with its mean, and the deviations multiplied with one another.
+
+        Where a client lacks an entry it deviates by nothing: parts of one adapter agree.
+        """
+        count = len(self.holders)
+        change = total / (self.kind.type(count) if coverage is None else np.maximum(coverage, 1))
+        change = change.astype(self.kind, copy=False)
+        mean = run.before + change
+        if coverage is not None:
+            mean *= coverage > 0
+        # (n, r, k), or (d, n, r): ranks side by side, and no second copy of A
+        order = (1, 0, 2) if self.axis else (0, 1, 2)
+        changes = run.changes.reshape(count, *shape).transpose(order)
+        deviations = scratch(changes.shape, self.kind) if self.axis else changes
+        np.subtract(changes, change.reshape(1, *shape).transpose(order), out=deviations)
+        if run.present is not None:
+            deviations *= run.present.reshape(count, *shape).transpose(order)
+        ranks = count * shape[self.axis]
+        side = deviations.reshape((-1, ranks) if self.axis else (ranks, -1))
+        gram = side.T @ side if self.axis else side @ side.T  # half the work of a product of two
+        return _Factor(found.sums, found.histogram, mean.reshape(shape), gram)
 
 
-def _histogram(table: _Table) -> list[int]:
-    """Return how many entries 0, 1, ..., n clients have."""
-    clients, entries = table.changes.shape
-    if table.present is None:
-        return [*[0] * clients, entries]
-    counts = table.present.sum(dim=0)
-    return [int(count) for count in torch.bincount(counts, minlength=clients + 1)]
+def _cross_term(A: _Factor, B: _Factor, clients: int) -> dict[str, float]:
+    """Return ‖Σ p (B_i − B̄)(A_i − Ā)‖ relative to ‖B̄ Ā‖, without forming a d × k matrix.
+
+    With U = [B_1 − B̄, ...] (d, n r) and V = [A_1 − Ā; ...] (n r, k), ‖U V‖² is the sum of the
+    products of the entries of UᵀU and V Vᵀ.
+    """
+    if A.gram is None or B.gram is None or A.mean is None or B.mean is None:
+        return {}
+    size = _product_norm(B.mean.T @ B.mean, A.mean @ A.mean.T)
+    lost = _product_norm(B.gram, A.gram) / clients
+    return {"cross_term": lost / size} if size and math.isfinite(lost / size) else {}
+
+
+def _product_norm(left: Array, right: Array) -> float:
+    """Return ‖U V‖ in the Frobenius norm from UᵀU and V Vᵀ."""
+    return math.sqrt(max(0.0, float((left.astype(np.float64) * right).sum())))
+
+
+def _products(left: Array, right: Array) -> Array:
+    """Return the inner products of each row of ``left`` (..., entries) with ``right`` (entries,).
+
+    Long sums of float32 lose digits: they are taken piece by piece, and the pieces in float64.
+    """
+    total = np.zeros(left.shape[:-1])
+    for start in range(0, right.size, _PIECE):
+        total += left[..., start : start + _PIECE] @ right[start : start + _PIECE]
+    return total
 
 
 def _summary(what: str, values: Sequence[float]) -> dict[str, float]:
@@ -226,36 +330,3 @@ def _cosine(dot: float, one: float, other: float) -> float:
     """Return the cosine from the product and the squared norms; 0 where a vector is 0."""
     size = math.sqrt(one * other)
     return max(-1.0, min(1.0, dot / size)) if size else 0.0
-
-
-def _cross_term(table: _Table) -> dict[str, float]:
-    """Return ‖Σ p (B_i − B̄)(A_i − Ā)‖ relative to ‖B̄ Ā‖, without forming a d × k matrix.
-
-    Where a client lacks an entry it deviates by nothing: parts of one adapter agree. With
-    U = [p (B_1 − B̄), ...] (d, n r) and V = [A_1 − Ā; ...] (n r, k), ‖U V‖² is the sum of the
-    products of the entries of UᵀU and V Vᵀ.
-    """
-    clients, rank = len(table.changes), table.rank
-    if clients * rank > LARGEST_CROSS_TERM:
-        return {}
-    if table.present is None:
-        change = table.changes.mean(dim=0)
-        mean, deviations = table.before + change, table.changes - change
-    else:
-        count = table.present.sum(dim=0)
-        change = table.changes.sum(dim=0) / count.clamp(min=1)
-        mean = torch.where(count > 0, table.before + change, 0.0)
-        deviations = torch.where(table.present, table.changes - change, 0.0)
-    V = deviations[:, : table.split].reshape(clients * rank, -1)  # (n r, k)
-    B = deviations[:, table.split :].view(clients, -1, rank)  # (n, d, r)
-    U = (B / clients).transpose(0, 1).flatten(1)  # (d, n r)
-    A_mean, B_mean = mean[: table.split].view(rank, -1), mean[table.split :].view(-1, rank)
-    size, lost = _product_norm(B_mean, A_mean), _product_norm(U, V)
-    return {"cross_term": lost / size} if size and math.isfinite(lost / size) else {}
-
-
-def _product_norm(left: Tensor, right: Tensor) -> float:
-    """Return ‖left · right‖ in the Frobenius norm, to float32's precision and at its speed."""
-    left, right = left.float(), right.float()
-    square = float(((left.T @ left) * (right @ right.T)).sum(dtype=torch.float64))
-    return math.sqrt(max(0.0, square))

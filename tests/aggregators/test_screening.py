@@ -348,19 +348,46 @@ def test_the_cross_term_of_very_many_ranks_is_left_out() -> None:
     assert found.modules[MODULES[0]]["coverage_histogram"][count] == RANK * (K + D)
 
 
-def test_what_is_too_large_to_lie_side_by_side_is_measured_alone(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("entries", [1, 12, 40])
+def test_what_is_too_large_to_lie_side_by_side_is_measured_in_runs(
+    monkeypatch: pytest.MonkeyPatch, entries: int
 ) -> None:
-    updates = [client("a", draw(1), half(1)), client("b", draw(2), half(2)), client("c", draw(3))]
+    small = {n: t[:2] if "lora_A" in n else t[:, :2] for n, t in draw(4).items()}
+    updates = [
+        client("a", draw(1), half(1)),
+        client("b", draw(2), half(2)),
+        client("c", draw(3)),
+        Update("d", small, None, 1, 2, STATE.scaling, kept_layers=(0, 1)),
+    ]
     together = measure(updates, STATE)
-    monkeypatch.setattr("prufed_plugins.diagnostics.LARGEST_TABLE", 0)
-    alone = measure(updates, STATE)
-    assert alone.norms == pytest.approx(together.norms)
-    assert alone.cosines == {}
+    monkeypatch.setattr("prufed_plugins.diagnostics.LARGEST_RUN", entries)
+    apart = measure(updates, STATE)
+    assert apart.norms == pytest.approx(together.norms)
+    assert apart.cosines == pytest.approx(together.cosines)
     for module in MODULES:
-        for key, value in alone.modules[module].items():
-            assert value == pytest.approx(together.modules[module][key]), key
-        assert "cosine_mean" not in alone.modules[module]
+        expected = {k: v for k, v in together.modules[module].items() if k != "cross_term"}
+        assert apart.modules[module].keys() == expected.keys()
+        for key, value in expected.items():
+            assert apart.modules[module][key] == pytest.approx(value), key
+
+
+def test_changes_whose_squares_overflow_float32_have_a_norm() -> None:
+    large = draw(1, 1e25)
+    found = measure([client("a", large), client("b", draw(2))], STATE)
+    assert found.norms["a"] == pytest.approx(norm(large), rel=1e-5)
+    assert found.norms["b"] == pytest.approx(norm(draw(2)), rel=1e-5)
+    assert found.cosines["a"] == pytest.approx(1.0)
+    assert all(math.isfinite(found.modules[m]["cross_term"]) for m in MODULES)
+
+
+def test_norms_of_many_entries_keep_their_digits() -> None:
+    """Ten million squares summed in float32 are off in the fourth digit."""
+    module = "model.layers.0.q_proj"
+    shapes = {f"{module}.lora_A.weight": (1, 10_000_000), f"{module}.lora_B.weight": (1, 1)}
+    state = GlobalState({n: torch.zeros(s) for n, s in shapes.items()}, 1, 1.0, 1)
+    tensors = {n: torch.full(s, 0.1) for n, s in shapes.items()}
+    update = Update("a", tensors, None, 1, 1, 1.0, (0,))
+    assert measure([update], state).norms["a"] == pytest.approx(0.1 * 10_000_001**0.5, rel=1e-5)
 
 
 def test_the_order_of_updates_changes_nothing() -> None:
