@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -27,9 +28,13 @@ from prufed_plugins.names import by_module, in_layers
 
 _KEYS: Final = ("lora_A.weight", "lora_B.weight")
 
-LARGEST_CROSS_TERM: Final = 512
-"""Ranks of all clients together above which the cross term is not computed: its cost is their
-square."""
+EXACT_CROSS_TERM: Final = 128
+"""Ranks of all clients together up to which the cross term is computed exactly, at a cost that is
+their square."""
+
+PROBES: Final = 32
+"""Random vectors that the cross term of more ranks is estimated with: to a few per cent, and to an
+eighth where a single direction holds all of it."""
 
 LARGEST_RUN: Final = 1 << 24
 """Entries of all clients together that lie side by side. A factor with more is taken in runs, each
@@ -50,7 +55,8 @@ class Measurement:
             ``cosine_min``, ``cosine_mean``: of the angle between Δ_i and the plain mean of all.
             ``cross_term``: ‖Σ p (B_i − B̄)(A_i − Ā)‖ / ‖B̄ Ā‖ with p = 1/n, what averaging the
             factors loses of the mean product where nothing is masked; means and deviations are
-            over the entries that clients have. Absent where there are too many ranks or entries.
+            over the entries that clients have. An estimate where there are many ranks, absent
+            where there are too many entries.
         norms: ‖Δ_i‖ of the whole adapter, by client.
         cosines: with the mean, over the modules that the client has.
     """
@@ -148,15 +154,14 @@ class _Factor:
         sums: ‖Δ_i‖², Δ_i · Δ̄ and ‖Δ̄‖² by client, (3, n) float64.
         histogram: how many entries 0, 1, ..., n clients have, (n + 1,).
         mean: Ā (r, k), or B̄ (d, r), over the clients that have each entry; None where there are too
-            many ranks or entries.
-        gram: V Vᵀ of V = [A_1 − Ā; ...] (n r, k), or UᵀU of U = [B_1 − B̄, ...] (d, n r); None
-            likewise.
+            many.
+        deviations: [A_1 − Ā; ...] (n r, k), or [B_1 − B̄, ...] (d, n r); None likewise.
     """
 
     sums: Array
     histogram: Array
     mean: Array | None = None
-    gram: Array | None = None
+    deviations: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -201,7 +206,6 @@ class _Columns:
         count = len(self.holders)
         before = self._before()
         width = max(1, LARGEST_RUN // count)
-        small = before.size <= width and count * before.shape[self.axis] <= LARGEST_CROSS_TERM
         sums, histogram = np.zeros((3, count)), np.zeros(count + 1, dtype=np.int64)
         for start in range(0, before.size, width):
             run = self._read(before, slice(start, min(start + width, before.size)))
@@ -215,8 +219,9 @@ class _Columns:
                 histogram[count] += mean.size
             else:
                 histogram += np.bincount(coverage, minlength=count + 1)
-            if small:
-                return self._compared(_Factor(sums, histogram), run, total, coverage, before.shape)
+            if before.size <= width:
+                mean, deviations = self._deviations(run, total, coverage, before.shape)
+                return _Factor(sums, histogram, mean, deviations)
         return _Factor(sums, histogram)
 
     def _before(self) -> Array:
@@ -224,7 +229,8 @@ class _Columns:
         old = self.state.tensors[self.name].detach().cpu()
         missing = max(0, *(update.rank - old.shape[self.axis] for update in self.holders))
         pad = (0, missing) if self.axis else (0, 0, 0, missing)
-        whole: Array = torch.nn.functional.pad(old.double(), pad).numpy().astype(self.kind)
+        wanted = torch.float64 if self.kind == np.float64 else torch.float32
+        whole: Array = torch.nn.functional.pad(old.to(wanted), pad).numpy()
         return whole
 
     def _read(self, before: Array, where: slice) -> _Run:
@@ -254,22 +260,17 @@ class _Columns:
         key = _KEYS[self.axis]
         part = load_part(update, {key: self.name}, self.state)
         values, mask = part.tensors[key], part.masks[key]
-        ranks = self.sending.ranks(update.client, update.rank)
-        if not torch.equal(ranks, torch.arange(shape[self.axis])):
+        if update.rank < shape[self.axis] or update.client in self.sending.windows:
+            ranks = self.sending.ranks(update.client, update.rank)
             there = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
             values = torch.zeros(shape, dtype=values.dtype).index_copy_(self.axis, ranks, values)
             mask = torch.zeros(shape, dtype=torch.bool).index_copy_(self.axis, ranks, there)
         return values.numpy(), None if mask is None else mask.numpy()
 
-    def _compared(
-        self,
-        found: _Factor,
-        run: _Run,
-        total: Array,
-        coverage: Array | None,
-        shape: tuple[int, ...],
-    ) -> _Factor:
-        """Return the factor with its mean, and the deviations multiplied with one another.
+    def _deviations(
+        self, run: _Run, total: Array, coverage: Array | None, shape: tuple[int, ...]
+    ) -> tuple[Array, Array]:
+        """Return the mean and the deviations from it, as in :class:`_Factor`.
 
         Where a client lacks an entry it deviates by nothing: parts of one adapter agree.
         """
@@ -287,27 +288,41 @@ class _Columns:
         if run.present is not None:
             deviations *= run.present.reshape(count, *shape).transpose(order)
         ranks = count * shape[self.axis]
-        side = deviations.reshape((-1, ranks) if self.axis else (ranks, -1))
-        gram = side.T @ side if self.axis else side @ side.T  # half the work of a product of two
-        return _Factor(found.sums, found.histogram, mean.reshape(shape), gram)
+        return mean.reshape(shape), deviations.reshape((-1, ranks) if self.axis else (ranks, -1))
 
 
 def _cross_term(A: _Factor, B: _Factor, clients: int) -> dict[str, float]:
-    """Return ‖Σ p (B_i − B̄)(A_i − Ā)‖ relative to ‖B̄ Ā‖, without forming a d × k matrix.
-
-    With U = [B_1 − B̄, ...] (d, n r) and V = [A_1 − Ā; ...] (n r, k), ‖U V‖² is the sum of the
-    products of the entries of UᵀU and V Vᵀ.
-    """
-    if A.gram is None or B.gram is None or A.mean is None or B.mean is None:
+    """Return ‖Σ p (B_i − B̄)(A_i − Ā)‖ relative to ‖B̄ Ā‖, without forming a d × k matrix."""
+    if A.mean is None or B.mean is None or A.deviations is None or B.deviations is None:
         return {}
-    size = _product_norm(B.mean.T @ B.mean, A.mean @ A.mean.T)
-    lost = _product_norm(B.gram, A.gram) / clients
+    size = _product_norm(B.mean, A.mean)
+    exact = len(A.deviations) <= EXACT_CROSS_TERM
+    lost = (_product_norm if exact else _estimated_norm)(B.deviations, A.deviations) / clients
     return {"cross_term": lost / size} if size and math.isfinite(lost / size) else {}
 
 
 def _product_norm(left: Array, right: Array) -> float:
-    """Return ‖U V‖ in the Frobenius norm from UᵀU and V Vᵀ."""
-    return math.sqrt(max(0.0, float((left.astype(np.float64) * right).sum())))
+    """Return ‖U V‖ in the Frobenius norm, of U (d, r) and V (r, k).
+
+    Its square is the sum of the products of the entries of UᵀU and V Vᵀ.
+    """
+    grams = (left.T @ left).astype(np.float64) * (right @ right.T)
+    return math.sqrt(max(0.0, float(grams.sum())))
+
+
+def _estimated_norm(left: Array, right: Array) -> float:
+    """Return about ‖U V‖: for random signs S (k, m), ‖U V S‖² / m is its square in expectation."""
+    image = left @ (right @ _signs(right.shape[1], right.dtype.str))
+    return math.sqrt(float(np.square(image, dtype=np.float64).sum()) / PROBES)
+
+
+@lru_cache(maxsize=4)
+def _signs(features: int, kind: str) -> Array:
+    """Return the same random signs (features, m) every time."""
+    # raw output: numpy promises that stream for ever, Generator's it does not
+    draws = np.random.PCG64(0).random_raw(features).view(np.uint8)
+    signs: Array = np.unpackbits(draws).reshape(features, 64)[:, :PROBES].astype(kind)
+    return signs * 2 - 1
 
 
 def _products(left: Array, right: Array) -> Array:

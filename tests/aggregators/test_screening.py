@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prufed_plugins.aggregators.streaming import aggregate
 from prufed_plugins.api import GlobalState, Update
-from prufed_plugins.diagnostics import LARGEST_CROSS_TERM, Sending, measure
+from prufed_plugins.diagnostics import EXACT_CROSS_TERM, Sending, measure
 from prufed_plugins.discover import build
 from prufed_plugins.screening import screen
 from prufed_plugins.testing.federation import random_state, random_update
@@ -340,12 +340,22 @@ def test_ranks_are_mixed_as_zeros() -> None:
     assert histogram == [0, (RANK - 1) * (K + D), K + D]
 
 
-def test_the_cross_term_of_very_many_ranks_is_left_out() -> None:
-    change = draw(1)
-    count = LARGEST_CROSS_TERM // RANK + 1
-    found = measure([client(f"c{i:04}", change) for i in range(count)], STATE)
-    assert "cross_term" not in found.modules[MODULES[0]]
-    assert found.modules[MODULES[0]]["coverage_histogram"][count] == RANK * (K + D)
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_cross_term_of_very_many_ranks_is_estimated(
+    monkeypatch: pytest.MonkeyPatch, masked: bool
+) -> None:
+    updates = [
+        client(f"c{i:04}", draw(i), half(i) if masked else None)
+        for i in range(EXACT_CROSS_TERM // RANK + 1)
+    ]
+    estimated = measure(updates, STATE)
+    monkeypatch.setattr("prufed_plugins.diagnostics.EXACT_CROSS_TERM", 10**9)
+    exact = measure(updates, STATE)
+    for module in MODULES:
+        expected = exact.modules[module].pop("cross_term")
+        assert estimated.modules[module].pop("cross_term") == pytest.approx(expected, rel=0.2)
+        assert expected > 0.01
+    assert estimated == exact
 
 
 @pytest.mark.parametrize("entries", [1, 12, 40])
