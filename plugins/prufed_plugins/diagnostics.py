@@ -20,11 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prufed_plugins.aggregators.validation import check_facts, in_order, load_part
+from prufed_plugins.aggregators.coverage import Buffers
+from prufed_plugins.aggregators.validation import check_facts, in_order, load_part, open_share
 from prufed_plugins.api import GlobalState, Update
 from prufed_plugins.errors import UpdateError
 from prufed_plugins.memory import scratch
 from prufed_plugins.names import by_module, in_layers
+from prufed_plugins.tensor_files import Buffer
 
 _KEYS: Final = ("lora_A.weight", "lora_B.weight")
 
@@ -135,7 +137,7 @@ def _module(
             )
         sums = A.sums + B.sums
         if np.isfinite(sums).all():
-            break  # the squares of changes above 1e19 have no room in float32
+            break  # NaN, or changes above 1e19, whose squares have no room in float32
     squares, dots, sizes = sums.tolist()
     cosines = [_cosine(*numbers) for numbers in zip(dots, squares, sizes, strict=True)]
     return sums, {
@@ -239,24 +241,34 @@ class _Columns:
         changes, present = scratch(shape, self.kind), None
         squares = np.zeros(len(self.holders))
         old = before.reshape(-1)[where]
+        buffers = Buffer(8 * shape[1]), Buffer(shape[1])
         for row, update in enumerate(self.holders):
-            values, mask = self._load(update, before.shape)
+            values, mask = self._load(update, before.shape, where, buffers)
             change = changes[row]
             if "AB"[self.axis] in self.sending.personal:
                 change.fill(0)
             else:
-                np.subtract(values.reshape(-1)[where], old, out=change, casting="same_kind")
+                np.subtract(values, old, out=change, casting="same_kind")
             if mask is not None:
                 if present is None:
                     present = scratch(shape, np.bool_)
                     present.fill(True)
-                present[row] = mask.reshape(-1)[where]
+                present[row] = mask
                 change *= present[row]
             squares[row] = _products(change, change)
         return _Run(old, changes, present, squares)
 
-    def _load(self, update: Update, shape: tuple[int, ...]) -> tuple[Array, Array | None]:
-        """Return a client's factor among all ranks, and which entries it has."""
+    def _load(
+        self, update: Update, shape: tuple[int, ...], where: slice, buffers: Buffers
+    ) -> tuple[Array, Array | None]:
+        """Return entries of a client's factor among all ranks, and which of them it has."""
+        if update.rank == shape[self.axis] and update.client not in self.sending.windows:
+            share = open_share(update, self.name, self.state)
+            if share is not None:
+                # NaN shows in the sums, which are then taken anew in float64: see _module
+                checked = self.kind == np.float64
+                values, mask = share.read(where.start, where.stop, buffers, checked=checked)
+                return values.numpy(), None if mask is None else mask.numpy()
         key = _KEYS[self.axis]
         part = load_part(update, {key: self.name}, self.state)
         values, mask = part.tensors[key], part.masks[key]
@@ -265,7 +277,8 @@ class _Columns:
             there = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
             values = torch.zeros(shape, dtype=values.dtype).index_copy_(self.axis, ranks, values)
             mask = torch.zeros(shape, dtype=torch.bool).index_copy_(self.axis, ranks, there)
-        return values.numpy(), None if mask is None else mask.numpy()
+        entries = values.reshape(-1)[where].numpy()
+        return entries, None if mask is None else mask.reshape(-1)[where].numpy()
 
     def _deviations(
         self, run: _Run, total: Array, coverage: Array | None, shape: tuple[int, ...]
