@@ -9,8 +9,8 @@
 ``write`` makes adapters of rank 16 on four WIDTH × WIDTH matrices per layer; at a DENSITY below 1
 each client also has a mask file. Clients beyond DISTINCT are hard links to the first: all files are
 read from the page cache, where it makes no difference. ``merge`` prints a line per number of
-clients, ``compare`` the times of two plain ways to the same mean. Linux only: the peak is read from
-/proc.
+clients, ``compare`` the times of two plain ways to the same mean, and of the round's diagnostics.
+Linux only: the peak is read from /proc.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from torch import Tensor
 from prufed_plugins.aggregators.heteagg import HeteAgg
 from prufed_plugins.aggregators.streaming import aggregate
 from prufed_plugins.api import GlobalState, Update
+from prufed_plugins.diagnostics import measure
 from prufed_plugins.params import HeteAggParams
 from prufed_plugins.tensor_files import TensorFile
 
@@ -96,13 +97,17 @@ def merge(directory: Path, clients: Sequence[int]) -> Iterator[dict[str, float]]
 
 
 def compare(directory: Path, count: int) -> dict[str, float]:
-    """Return the CPU seconds of plain ways to the mean, which hold more and check nothing."""
+    """Return the CPU seconds of plain ways to the mean, which hold more and check nothing.
+
+    ``diagnostics`` are those of the round: how the updates lie to one another.
+    """
     torch.set_num_threads(1)
     state = read_state(directory)
     updates = [read_update(directory, index, state) for index in range(count)]
     return {
         "clients": count,
         "merging": timed(lambda: merge_once(directory, count, state))[0],
+        "diagnostics": timed(lambda: measure(updates, state))[0],
         "stacked": timed(lambda: stacked_mean(updates, state))[0],
         "state_dicts": timed(lambda: state_dict_mean(directory, updates))[0],
     }

@@ -54,7 +54,8 @@ def test_merging_16_and_128_adapters_of_64_mb(
         print(
             f"\n{FEW} clients, density {density}: stacked"
             f" {plain['stacked'] / plain['merging']:.2f} x as long, a loop over state dicts"
-            f" {plain['state_dicts'] / plain['merging']:.2f} x"
+            f" {plain['state_dicts'] / plain['merging']:.2f} x;"
+            f" diagnostics {plain['diagnostics'] / plain['merging']:.2f} x"
         )
     assert few["peak"] - few["before"] <= 2 * ADAPTER
     assert many["peak"] - few["peak"] <= ADAPTER / 4
