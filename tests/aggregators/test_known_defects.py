@@ -21,6 +21,7 @@ from prufed_plugins.discover import build
 from prufed_plugins.errors import UpdateError
 from prufed_plugins.testing.federation import random_state, random_update
 from prufed_plugins.testing.pruner import TinyDecoder
+from prufed_plugins.tuners.hetlora import kept_ranks
 from prufed_plugins.write_back import write_back
 
 MODULE = "model.layers.0.self_attn.q_proj"
@@ -254,6 +255,14 @@ def test_a_client_of_lower_rank_gets_what_the_others_learnt() -> None:
     given = write_back(new, masks=None, kept_layers=(0,), scaling=1.0, rank=1)
     assert torch.equal(given[A], torch.full((1, 3), 3.0))
     assert torch.equal(given[B], torch.full((4, 1), 3.0))
+
+
+@pytest.mark.parametrize("rank", [2, 16, 50])
+def test_a_client_of_hetlora_has_a_rank_to_lose(rank: int) -> None:
+    """alibaba/FederatedScope, branch FlexLoRA: the ranks to keep are ``round(0.99 r)``, all of them
+    up to r = 50, so that the tail is empty and no client ever prunes itself.
+    """
+    assert kept_ranks(rank, 0.99, 1) == rank - 1
 
 
 @pytest.mark.parametrize("name", ["fedavgm", "fedadagrad", "fedyogi", "fedadam"])
