@@ -419,7 +419,9 @@ class Aggregator(Protocol):
       lower rank has in a round, in its order; without it, the first.
     - ``personal = {"B"}``: factors that every client keeps for itself; write-back gives the others.
     - ``new_factors = True``: A and B come back in another basis; no server optimizer can step
-      towards them, and no tuner may leave one of them alone.
+      towards them, no tuner may leave one of them alone, and no client can keep a share of its own.
+    - ``stacks = True``: the clients' ranks stand side by side, so that the global rank must be
+      their sum; a client is given the best approximation of its own rank.
     - ``breaks``: contracts that it gives up, and why; :mod:`prufed_plugins.testing.aggregator`.
     """
 

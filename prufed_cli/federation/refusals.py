@@ -65,6 +65,13 @@ def refuse_other_bases(plan: Plan, aggregator: Aggregator) -> None:
                 "choose the tuner lora, or an aggregator of factors such as fedit",
                 USAGE,
             )
+    if config.write_back.share > 0:
+        raise PrufedError(
+            f"{name} makes new factors in every round, with which write_back.share "
+            f"{config.write_back.share:g} cannot mix a client's own",
+            "set write_back.share to 0, or choose an aggregator of factors such as fedit",
+            USAGE,
+        )
 
 
 def refuse_fewer_ranks(plan: Plan, aggregator: Aggregator) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from prufed_cli.federation.artifacts import read_masks, read_tensors
+from prufed_plugins.aggregators.products import best_first
 from prufed_plugins.write_back import ranks_of
 
 if TYPE_CHECKING:
@@ -22,9 +23,12 @@ def start_of(
 
     With ``write_back.share`` 0 that follows from the global adapter alone. Otherwise every
     round since the client last trained has mixed the global adapter in once more. Of a factor
-    that the aggregator leaves to the clients, a client that has never trained has the first.
+    that the aggregator leaves to the clients, a client that has never trained has the first. The
+    first ranks of a stack are some client's alone, so they are put in order before.
     """
     state, personal = federation.state, federation.personal
+    if getattr(federation.aggregator, "stacks", False):
+        state = best_first(state)
     if federation.window is not None:
         window = federation.window(index, client.spec.r, state.rank)
         return client.start(state, masks, None, 0.0, window=window)

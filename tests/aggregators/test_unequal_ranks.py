@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from prufed_plugins.aggregators.products import best_first
 from prufed_plugins.aggregators.streaming import aggregate
 from prufed_plugins.api import GlobalState, Update
 from prufed_plugins.discover import build
@@ -151,6 +152,19 @@ def test_every_client_counts_in_the_stack() -> None:
     ]
     state = GlobalState({A: torch.ones(2, 2), B: torch.zeros(3, 2)}, 2, 1.0, 1)
     assert torch.equal(product(merged("flora", updates, state)), torch.full((3, 2), 8.0).double())
+
+
+@few
+@given(ranks_of, st.integers(0, 99), st.integers(1, 3))
+def test_a_stack_in_order_is_the_same_product_with_its_best_ranks_first(
+    ranks: list[int], seed: int, rank: int
+) -> None:
+    state = merged("flora", random_clients(ranks, seed), state_of(sum(ranks) + 1))
+    ordered = best_first(state)
+    torch.testing.assert_close(product(ordered), product(state), rtol=1e-5, atol=1e-5)
+    first = ordered.tensors[B][:, :rank].double() @ ordered.tensors[A][:rank].double()
+    tail = torch.linalg.svdvals(product(state))[rank:].norm()
+    torch.testing.assert_close((product(state) - first).norm(), tail, rtol=1e-4, atol=1e-4)
 
 
 def test_flora_refuses_a_stack_that_does_not_fit() -> None:

@@ -77,6 +77,30 @@ def test_flora_is_refused_before_training_where_it_cannot_stack(
     assert Registry(tmp_path / "registry").list("fed") == []
 
 
+def test_after_flora_every_client_has_the_best_of_the_stack_at_its_rank(
+    tmp_path: Path, configuration: Document
+) -> None:
+    """The first ranks of the stack as it stands are the first client's alone."""
+    document = {
+        **configuration,
+        "rounds": 1,
+        "aggregator": {"name": "flora"},
+        "adapter": {**configuration["adapter"], "preset": "dense", "alpha": 8, "r": 6},
+        "clients": [{**client, "adapter": {"r": 2}} for client in CLIENTS],
+    }
+    stack = read_tensors(run(tmp_path, document).artifact)
+    registry = Registry(tmp_path / "registry")
+    for client in CLIENTS:
+        given = read_tensors(registry.list(f"fed.{client['name']}")[-1])
+        for A in (name for name in given if "lora_A" in name):
+            B = A.replace("lora_A", "lora_B")
+            whole = 8 / 6 * stack[B].double() @ stack[A].double()
+            values = torch.linalg.svdvals(whole)
+            lost = whole - 8 / 2 * given[B].double() @ given[A].double()
+            torch.testing.assert_close(lost.norm(), values[2:].norm(), rtol=1e-4, atol=1e-8)
+            assert values[2] > 1e-3 * values[0]
+
+
 def test_krum_is_refused_before_training_with_too_few_clients(
     tmp_path: Path, configuration: Document
 ) -> None:
@@ -145,6 +169,8 @@ def test_new_factors_are_refused_where_one_must_stay(
     stepping = {**document, "server_optimizer": {"name": "fedadam"}}
     with pytest.raises(PrufedError, match="server_optimizer fedadam cannot step"):
         run(tmp_path, stepping)
+    with pytest.raises(PrufedError, match=r"which write_back.share 0.5 cannot mix"):
+        run(tmp_path, {**document, "write_back": {"share": 0.5}})
     assert Registry(tmp_path / "registry").list("fed") == []
 
 

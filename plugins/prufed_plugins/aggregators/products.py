@@ -7,13 +7,14 @@ B = Q_B R_B and Aᵀ = Q_A R_A, its singular values are those of R_B R_Aᵀ, an 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from prufed_plugins.api import Merged, Part
+from prufed_plugins.api import GlobalState, Merged, Part
+from prufed_plugins.names import by_module
 
 A = "lora_A.weight"
 B = "lora_B.weight"
@@ -88,3 +89,17 @@ def truncated(left: Tensor, right: Tensor, current: Mapping[str, Tensor], split:
         {"discarded": (lost / energy) ** 0.5 if energy else 0.0, "product_rank": float(kept)},
         {A: None, B: None},
     )
+
+
+def best_first(state: GlobalState) -> GlobalState:
+    """Return an adapter of the same products, in the order of their singular values.
+
+    Its first r_i ranks are the best approximation of rank r_i (Eckart and Young), where those of
+    the factors as they stand may be anything: of a stack, a single client's.
+    """
+    tensors = dict(state.tensors)
+    for names in by_module(state.tensors).values():
+        current = {key: state.tensors[name] for key, name in names.items()}
+        ordered = truncated(current[B].double(), current[A].double(), current, "balanced")
+        tensors |= {names[key]: tensor for key, tensor in ordered.tensors.items()}
+    return replace(state, tensors=tensors)
