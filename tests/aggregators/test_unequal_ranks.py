@@ -321,13 +321,13 @@ def test_fedrolex_merges_each_window_where_it_came_from() -> None:
     narrow = client("a", torch.tensor([[1.0, 2.0]] * 3), torch.tensor([[1.0, 1.0], [2.0, 2.0]]))
     wide = client("b", torch.full((3, 3), 5.0), torch.full((3, 2), 5.0))
     state = GlobalState({A: torch.full((3, 2), 9.0), B: torch.full((3, 3), 9.0)}, 3, 1.0, 1)
-    # the wide one's ranks roll as well: its own 0, 1, 2 are the global 2, 0, 1
+    # the wide one has all ranks, in their order
     wide = replace(
         wide, tensors={A: torch.tensor([[6.0] * 2, [7.0] * 2, [8.0] * 2]), B: wide.tensors[B]}
     )
     updates = [replace(update, base_round=2) for update in (narrow, wide)]
     result = merged("fedrolex", updates, state).tensors
-    assert result[A][:, 0].tolist() == [(2 + 7) / 2, 8.0, (1 + 6) / 2]
+    assert result[A][:, 0].tolist() == [(2 + 6) / 2, 7.0, (1 + 8) / 2]
     assert result[B][0].tolist() == [(2 + 5) / 2, 5.0, (1 + 5) / 2]
 
 

@@ -23,7 +23,8 @@ class FedRolex:
     """Every rank is the mean over the clients whose window held it; a rank that none held stays.
 
     In round t, counted from 0, a client of rank r_i has the ranks t, t + 1, …, t + r_i - 1 modulo
-    the global rank r, so that after r rounds it has trained every rank r_i times.
+    the global rank r, so that after r rounds it has trained every rank r_i times. One of the full
+    rank has them all, in their order: rolled, its masks would wander over the global adapter.
     """
 
     mixes_ranks = True
@@ -35,7 +36,8 @@ class FedRolex:
 
     def window(self, round_index: int, rank: int, global_rank: int) -> Sequence[int]:
         """Return the global ranks that a client of ``rank`` has in a round, in its order."""
-        return [(round_index + offset) % global_rank for offset in range(rank)]
+        first = round_index if rank < global_rank else 0
+        return [(first + offset) % global_rank for offset in range(rank)]
 
     def prepare(self, updates: Sequence[Update], state: GlobalState) -> None:
         """Take the weights and the windows of the round."""
