@@ -50,6 +50,7 @@ class Request:
     data: Path
     text: Path
     calibration: Path | None
+    server_data: Path | None
     out: Path
     rounds: int
     max_steps: int
@@ -73,6 +74,7 @@ def parse(arguments: Sequence[str] | None = None) -> Request:
     parser.add_argument("--data", type=Path, required=True, help="rows with a category")
     parser.add_argument("--text", type=Path, required=True, help="held-out text")
     parser.add_argument("--calibration", type=Path, help="of the pruner; the embedded text if none")
+    parser.add_argument("--server-data", type=Path, help="rows of the server's own, for fltrust")
     parser.add_argument("--out", type=Path, default=Path("comparison"), help="where all of it goes")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--max-steps", type=int, default=4, help="per client and round")
@@ -99,6 +101,7 @@ def configuration(request: Request, method: str) -> dict[str, Any]:
     pruner: dict[str, Any] = {"name": "sparsegpt", "samples": 32, "length": 128}
     if request.calibration is not None:
         pruner["calibration"] = str(request.calibration)
+    server = {} if request.server_data is None else {"server_data": str(request.server_data)}
     return {
         "name": method,
         "base": str(request.base),
@@ -120,6 +123,7 @@ def configuration(request: Request, method: str) -> dict[str, Any]:
         },
         "aggregator": method,
         "data": {"path": str(request.data), "partition": "by-category"},
+        **(server if method == "fltrust" else {}),
         "evaluate": {
             "perplexity": str(request.text),
             "clients": True,
