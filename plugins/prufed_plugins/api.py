@@ -68,6 +68,8 @@ class Method:
         requires: distributions that must be installed for the method to run.
         alias_of: the name of the same plugin's method that this is another name of; what it makes
             is what that one makes, and is called so.
+        needs_server_data: whether an aggregator is a :class:`TrustingAggregator`, for which the
+            server needs rows of its own, ``server_data`` in clients.yaml.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Method:
     paper: str | None = None
     requires: tuple[str, ...] = ()
     alias_of: str | None = None
+    needs_server_data: bool = False
 
 
 class HookSpecs:
@@ -362,12 +365,16 @@ class GlobalState:
         rank: LoRA rank r.
         scaling: s, the common scale in which clients are merged.
         layers: number of decoder layers of the full model.
+        residual: what the factors could not hold of earlier rounds, as factors A (R, k) and
+            B (d, R) by the same names: every base is taken as W + s · (B A), or W + s · M ⊙ (B A)
+            where the client's product is masked. It is not trained. Empty where there is none.
     """
 
     tensors: Mapping[str, Tensor]
     rank: int
     scaling: float
     layers: int
+    residual: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -402,11 +409,14 @@ class Merged:
         covered: bool tensors by the same keys, True where the clients decided the entry; None
             means every entry. A key that is absent is taken from the clients' masks. A server
             optimizer leaves uncovered entries as they were.
+        residual: the module's share of :attr:`GlobalState.residual` from now on, by the same keys,
+            at any rank R; empty where it stays as it is.
     """
 
     tensors: Mapping[str, Tensor]
     diagnostics: Mapping[str, float] = field(default_factory=dict)
     covered: Mapping[str, Tensor | None] = field(default_factory=dict)
+    residual: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Aggregator(Protocol):
@@ -420,6 +430,8 @@ class Aggregator(Protocol):
     - ``personal = {"B"}``: factors that every client keeps for itself; write-back gives the others.
     - ``new_factors = True``: A and B come back in another basis; no server optimizer can step
       towards them, no tuner may leave one of them alone, and no client can keep a share of its own.
+    - ``leaves_residual = True``: what the factors cannot hold comes back in ``Merged.residual``;
+      no server optimizer can step anywhere else.
     - ``stacks = True``: the clients' ranks stand side by side, so that the global rank must be
       their sum; a client is given the best approximation of its own rank.
     - ``breaks``: contracts that it gives up, and why; :mod:`prufed_plugins.testing.aggregator`.
@@ -441,6 +453,65 @@ class Aggregator(Protocol):
                 iterated more than once; each iteration reads the files again, one client at a
                 time, so a streaming method keeps its memory independent of their number.
             current: the global tensors before the round, by the keys of :class:`Part`.
+        """
+
+
+class TrustingAggregator(Aggregator, Protocol):
+    """An aggregator that holds the clients against an update of the server's own.
+
+    Its description says ``needs_server_data``. The server then trains in every round, from the
+    global adapter, on rows that it trusts.
+    """
+
+    def trust(self, root: Update) -> None:
+        """Take the server's own update of the round that is merged next; it has every layer."""
+
+
+@dataclass(frozen=True)
+class FirstGradient:
+    """What a client's data want of the first global adapter, before anybody has trained.
+
+    Attributes:
+        update: the gradient of the loss by the client's factors, in the place of its tensors and
+            in the common scale.
+        variance: σ_i², the mean of ‖∇_k - ∇‖² over mini-batches k, in that scale.
+    """
+
+    update: Update
+    variance: float
+
+
+class PersonalAggregator(Aggregator, Protocol):
+    """An aggregator that gives every client an adapter of its own.
+
+    What ``merge`` makes is the global adapter, for evaluation; no client is given it.
+
+    Attributes:
+        batch_size: rows of a mini-batch of the first gradients.
+        batches: how many mini-batches; all if None.
+    """
+
+    batch_size: int
+    batches: int | None
+
+    def similarities(
+        self, gradients: Sequence[FirstGradient], state: GlobalState
+    ) -> dict[str, dict[str, float]]:
+        """Return how much client j counts for client i, by i and j; once, before the first round.
+
+        Args:
+            gradients: of every client of the federation.
+            state: the first global adapter.
+        """
+
+    def for_client(self, weights: Mapping[str, float]) -> Aggregator:
+        """Return what merges one client's adapter.
+
+        Its global state is then the client's own adapter before the round, in the place of the
+        global one.
+
+        Args:
+            weights: that client's row of :meth:`similarities`.
         """
 
 

@@ -222,6 +222,13 @@ def _products() -> Iterator[Method]:
         summary="the clients' factors stacked: the exact mean of the products, for one round",
         paper="Wang et al. 2024, https://arxiv.org/abs/2409.05976",
     )
+    yield Method(
+        name="fedex",
+        target="prufed_plugins.aggregators.fedex:FedEx",
+        params=params.FedExParams,
+        summary="means of A and B, and their error as ranks that are not trained: exact",
+        paper="Singhal et al. 2024, https://arxiv.org/abs/2410.09432",
+    )
 
 
 def _robust() -> Iterator[Method]:

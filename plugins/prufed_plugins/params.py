@@ -395,6 +395,19 @@ class FloraParams(Params):
     )
 
 
+class FedExParams(Params):
+    """Parameters of the aggregator ``fedex``."""
+
+    beta: float = Field(
+        default=0.0, ge=0, le=4, description="clients weigh n^beta: 1 by samples, 0 all alike"
+    )
+    residual_rank: int | None = Field(
+        default=None,
+        ge=1,
+        description="ranks of the residual to keep, the largest; all of them if not set",
+    )
+
+
 class MedianParams(NoParams):
     """Parameters of the aggregator ``median``."""
 

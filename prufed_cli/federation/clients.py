@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -102,6 +103,15 @@ class Client:
             personal=personal,
             window=window,
         )
+
+    def residual(self, state: GlobalState) -> dict[str, Tensor]:
+        """Return what is added to this client's base: its layers' part, in its own scale."""
+        factor = math.sqrt(state.scaling / self.spec.scaling)
+        return {
+            name: tensor if factor == 1.0 else tensor * factor
+            for name, tensor in state.residual.items()
+            if self.has(name)
+        }
 
     def local(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return tensors by the sub-model's own layer numbers."""

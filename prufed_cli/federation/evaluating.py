@@ -23,13 +23,15 @@ def evaluate_round(federation: Federation, index: int) -> None:
     due = index + 1 == config.rounds or (index + 1) % wanted.every == 0
     if not federation.evaluates or not due or not (wanted.tasks or wanted.perplexity):
         return
-    adapter = (federation.spec, federation.state.tensors)
-    _score(federation, index, "global", federation.full, adapter)
+    state = federation.state
+    adapter = (federation.spec, state.tensors)
+    _score(federation, index, "global", federation.full, adapter, state.residual)
     for name in federation.clients if wanted.clients else ():
         client = federation.client_at(index + 1, name)
         tensors = start_of(federation, index + 1, client, masks_of(federation, client))
         own = (client.spec, client.local(tensors))
-        _score(federation, index, client.name, client.base, own)
+        residual = client.local(client.residual(state))
+        _score(federation, index, client.name, client.base, own, residual)
 
 
 def _score(
@@ -38,11 +40,12 @@ def _score(
     subject: str,
     base: Artifact,
     adapter: tuple[AdapterSpec, Mapping[str, Tensor]],
+    residual: Mapping[str, Tensor],
 ) -> None:
     if federation.run.find("evaluated", round=index, subject=subject) is not None:
         return
     with federation.reporter.task(f"round {index + 1}: evaluate {subject}"):
-        scores = numbers(federation.scoring.score(base, adapter))
+        scores = numbers(federation.scoring.score(base, adapter, residual))
     federation.run.record("evaluated", round=index, subject=subject, scores=scores)
     shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
     federation.reporter.note(f"round {index + 1}: {subject}: {shown}")

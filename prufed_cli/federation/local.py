@@ -48,6 +48,7 @@ class Job:
         client: who.
         tensors: where its adapter starts, by global name, in its own scale.
         masks: masks of its factors by global name.
+        residual: what is added to its base and not trained, likewise; empty for most methods.
         seed: of its batches and dropout.
         round_index: 0 for the first.
     """
@@ -55,6 +56,7 @@ class Job:
     client: Client
     tensors: Mapping[str, Tensor]
     masks: Mapping[str, Tensor]
+    residual: Mapping[str, Tensor]
     seed: int
     round_index: int
 
@@ -149,6 +151,7 @@ class LocalEngine:
             client.local(job.tensors),
             client.local(job.masks),
             resident.masks,
+            client.local(job.residual),
         ) as adapted:
             return make_tuner(client.plan.tuner).tune(
                 adapted,

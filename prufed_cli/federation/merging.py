@@ -178,6 +178,7 @@ def _publish(federation: Federation, index: int, done: Mapping[str, Artifact]) -
     return federation.registry.find(key, kind="global-adapter") or publish_global(
         federation.registry,
         federation.state.tensors,
+        federation.state.residual,
         federation.spec,
         full,
         name=config.name,

@@ -39,15 +39,22 @@ def refuse_other_starts(plan: Plan, aggregator: Aggregator) -> None:
 
 
 def refuse_other_bases(plan: Plan, aggregator: Aggregator) -> None:
-    """Refuse what cannot be done to factors that come back in another basis.
+    """Refuse what cannot be done to factors of another basis, or to those that left a residual.
 
     Raises:
-        PrufedError: the aggregator makes new factors, and something needs the old ones.
+        PrufedError: the aggregator makes such factors, and something needs others.
     """
-    if not getattr(aggregator, "new_factors", False):
-        return
     config = plan.config
     name = config.aggregator.name
+    if getattr(aggregator, "leaves_residual", False) and config.server_optimizer is not None:
+        raise PrufedError(
+            f"{name} adds to the base what the merged factors lack, and server_optimizer "
+            f"{config.server_optimizer.name} would step to other factors",
+            "leave out server_optimizer, or choose another aggregator",
+            USAGE,
+        )
+    if not getattr(aggregator, "new_factors", False):
+        return
     if config.server_optimizer is not None:
         raise PrufedError(
             f"{name} makes new factors in every round, and server_optimizer "

@@ -39,13 +39,17 @@ class Scoring:
         self,
         base: Artifact,
         adapter: tuple[AdapterSpec, Mapping[str, Tensor]] | None = None,
+        residual: Mapping[str, Tensor] | None = None,
     ) -> Scores:
-        """Score a base, with an adapter (specification, tensors by local name) on it or without."""
+        """Score a base, with an adapter (specification, tensors by local name) on it or without.
+
+        A residual, likewise by local name and in the adapter's scale, is part of the base.
+        """
         resident = self.engine.bases.get(base)
         if adapter is None:
             return self._evaluate(resident.model, resident.tokenizer)
         spec, tensors = adapter
-        with attach(resident.model, spec, tensors, None, resident.masks):
+        with attach(resident.model, spec, tensors, None, resident.masks, residual):
             return self._evaluate(resident.model, resident.tokenizer)
 
     def find(self) -> TaskSet:

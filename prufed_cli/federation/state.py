@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from prufed_cli.errors import INTEGRITY, PrufedError
-from prufed_cli.federation.artifacts import read_tensors
-from prufed_plugins.api import GlobalState
+from prufed_cli.federation.artifacts import read_parts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from prufed_cli.federation.scoring import Scoring
     from prufed_cli.models.adapters import AdapterSpec
     from prufed_cli.progress import Reporter
-    from prufed_plugins.api import Aggregator, ServerOptimizer
+    from prufed_plugins.api import Aggregator, GlobalState, ServerOptimizer
     from prufed_registry import Artifact, Registry
 
 
@@ -108,9 +107,9 @@ class Federation:
 
     def state_after(self, merged: Event) -> GlobalState:
         """Return the global adapter that a ``merged`` event names."""
-        tensors = read_tensors(self.stored(merged))
+        tensors, residual = read_parts(self.stored(merged))
         ordered = {name: tensors[name] for name in self.state.tensors}
-        return GlobalState(ordered, self.state.rank, self.state.scaling, self.state.layers)
+        return replace(self.state, tensors=ordered, residual=residual)
 
     def adopt(self, merged: Event) -> None:
         """Take over a round that the journal says is merged."""

@@ -103,6 +103,7 @@ def _job(federation: Federation, index: int, client: Client) -> Job:
         client=client,
         tensors=start_of(federation, index, client, masks),
         masks=masks,
+        residual=client.residual(federation.state),
         seed=derive(federation.plan.config.seed, index, client.name, "tune"),
         round_index=index,
     )
@@ -147,6 +148,7 @@ def _receive(federation: Federation, index: int, outcome: Outcome) -> Artifact |
         client,
         tensors,
         masks,
+        client.local(outcome.job.residual),
         name=f"{federation.plan.config.name}.{client.name}",
         parents=client_parents(federation, client),
         recipe=recipe,

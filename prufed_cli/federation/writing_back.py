@@ -39,6 +39,7 @@ def _write_back(federation: Federation, client: Client) -> None:
         client,
         client.local(tensors),
         client.local(masks),
+        client.local(client.residual(federation.state)),
         name=f"{config.name}.{client.name}",
         parents=parents,
         recipe=recipe,

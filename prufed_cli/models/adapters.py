@@ -23,10 +23,9 @@ from prufed_cli.models.adapter_spec import ALL_LINEAR, PRESETS, AdapterSpec, ada
 from prufed_cli.models.layer_names import to_global, to_local
 from prufed_cli.models.masked_lora import (
     MaskedLora,
-    effective_weight,
     feature_counts,
+    folded,
     is_transposed,
-    multiplier,
 )
 from prufed_plugins.masks import factor_masks
 
@@ -179,6 +178,7 @@ class AttachedAdapter:
     ) -> None:
         self.module = module
         self._layers = dict(layers)
+        self._originals = {name: module.get_submodule(name) for name in layers}
         self._required = {p: p.requires_grad for p in module.parameters()}
         module.requires_grad_(False)
         for name, layer in self._layers.items():
@@ -208,11 +208,11 @@ class AttachedAdapter:
 
     def detach(self) -> None:
         """Put the base's own layers back. A second call does nothing."""
-        for name, layer in self._layers.items():
-            _replace(self.module, name, layer.base_layer)
+        for name, layer in self._originals.items():
+            _replace(self.module, name, layer)
         for parameter, required in self._required.items():
             parameter.requires_grad_(required)
-        self._layers, self._required = {}, {}
+        self._layers, self._originals, self._required = {}, {}, {}
 
     def __enter__(self) -> AttachedAdapter:
         return self
@@ -232,6 +232,7 @@ def attach(
     tensors: Mapping[str, Tensor],
     factor_masks: Mapping[str, Tensor] | None = None,
     product_masks: Mapping[str, Tensor] | None = None,
+    residual: Mapping[str, Tensor] | None = None,
 ) -> AttachedAdapter:
     """Put an adapter on a model, in place; use the result in a ``with`` or call ``detach``.
 
@@ -242,6 +243,8 @@ def attach(
         factor_masks: bool masks of A and B by local name; absent means every entry.
         product_masks: the base's masks by parameter name, in the parameter's layout; looked at
             only where ``spec.product_mask`` says so, and a layer without one is taken as whole.
+        residual: factors A (R, k) and B (d, R) by local name, in the client's own scale, that are
+            part of the base while the adapter is on, under the same masks; they are not trained.
 
     Raises:
         PrufedError: tensors or masks do not fit the model.
@@ -250,10 +253,15 @@ def attach(
     masks = dict(factor_masks or {})
     products = (product_masks or {}) if spec.product_mask else {}
     _check_tensors(layers, spec.r, tensors, masks)
+    if residual:
+        _check_tensors(layers, rank_of(residual), residual, {})
     adapted = {}
     for name, layer in layers.items():
         product = products.get(f"{name}.weight")
         _check_product_mask(name, layer, product)
+        if residual:
+            A, B = (residual[f"{name}.lora_{factor}.weight"] for factor in "AB")
+            layer = folded(layer, A, B, spec.scaling, product)
         adapted[name] = MaskedLora(
             layer,
             tensors[f"{name}.lora_A.weight"],
@@ -263,6 +271,11 @@ def attach(
             product_mask=product,
         ).train(layer.training)
     return AttachedAdapter(model, adapted, masks)
+
+
+def rank_of(tensors: Mapping[str, Tensor]) -> int:
+    """Return the rank of an adapter's tensors, by whatever names; 0 where there are none."""
+    return next((t.shape[0] for name, t in tensors.items() if name.endswith(".lora_A.weight")), 0)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -333,8 +346,7 @@ def merge(
     if unknown:
         raise PrufedError(f"the base has no linear layer {unknown[0]}", _WRONG_BASE, INTEGRITY)
     layers = {name: modules[name] for name in names}
-    rank = next((t.shape[0] for n, t in tensors.items() if n.endswith(".lora_A.weight")), 0)
-    _check_tensors(layers, rank, tensors, {})
+    _check_tensors(layers, rank_of(tensors), tensors, {})
     masks = {name: (product_masks or {}).get(f"{name}.weight") for name in names}
     for name, layer in layers.items():
         _check_product_mask(name, layer, masks[name])
@@ -351,14 +363,6 @@ def merge(
 def _merge_layer(
     layer: nn.Module, A: Tensor, B: Tensor, scaling: float, mask: Tensor | None
 ) -> None:
-    weight = cast(Tensor, layer.weight)
     with torch.no_grad():
-        merged = effective_weight(
-            weight,
-            A.to(weight.device, torch.float32),
-            B.to(weight.device, torch.float32),
-            scaling,
-            None if mask is None else multiplier(mask, weight.device),
-            is_transposed(layer),
-        )
-        weight.copy_(merged)
+        merged = folded(layer, A, B, scaling, mask)
+        cast(Tensor, layer.weight).copy_(cast(Tensor, merged.weight))

@@ -8,6 +8,7 @@ Without a product mask it is ordinary LoRA, ``y = x Wᵀ + s · (x Aᵀ) Bᵀ`` 
 
 from __future__ import annotations
 
+import copy
 from typing import Any, cast
 
 import torch
@@ -59,6 +60,33 @@ def effective_weight(
 def multiplier(mask: Tensor, device: torch.device) -> Tensor:
     """Return a bool mask as the uint8 that :func:`effective_weight` multiplies by."""
     return mask.to(device, torch.bool).view(torch.uint8)
+
+
+def folded(
+    layer: nn.Module, A: Tensor, B: Tensor, scaling: float, mask: Tensor | None
+) -> nn.Module:
+    """Return the layer with ``W + s · M⊙(B A)`` for its weight; the one given stays as it is.
+
+    Args:
+        layer: a linear layer.
+        A: (R, k).
+        B: (d, R).
+        scaling: s.
+        mask: M in the layout of the weight; None is 1 throughout.
+    """
+    weight = cast(Tensor, layer.weight)
+    with torch.no_grad():
+        changed = effective_weight(
+            weight,
+            A.to(weight.device, torch.float32),
+            B.to(weight.device, torch.float32),
+            scaling,
+            None if mask is None else multiplier(mask, weight.device),
+            is_transposed(layer),
+        )
+    twin = copy.copy(layer)
+    twin._parameters = {**layer._parameters, "weight": nn.Parameter(changed, requires_grad=False)}
+    return twin
 
 
 class EffectiveLinear(torch.autograd.Function):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,10 +21,10 @@ from prufed_cli.models.adapters import (
 EVERY = ("all-linear",)
 
 
-def _adapter(model: nn.Module, spec: AdapterSpec) -> dict[str, Tensor]:
+def _adapter(model: nn.Module, spec: AdapterSpec, seed: int = 5) -> dict[str, Tensor]:
     """A start with a B that is not zero, so that the update is not."""
     tensors = init_global(target_shapes(model, spec.target_modules), spec, 0)
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(seed)
     return {
         name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
         for name, tensor in tensors.items()
@@ -263,3 +265,41 @@ def test_a_merge_that_does_not_fit_changes_nothing(llama: nn.Module) -> None:
     with pytest.raises(PrufedError, match=r"no linear layer model\.norm"):
         merge(llama, {"model.norm.lora_A.weight": torch.ones(4, 32)}, 1.0)
     assert all(torch.equal(p, before[name]) for name, p in llama.named_parameters())
+
+
+# --- a residual ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_residual_is_part_of_the_base_while_the_adapter_is_on(
+    model: nn.Module, base_masks: dict[str, Tensor], ids: Tensor, masked: bool
+) -> None:
+    spec = adapter_spec("sparse-peft" if masked else "dense", r=4, target_modules=EVERY)
+    tensors, residual = _adapter(model, spec), _adapter(model, replace(spec, r=3), seed=6)
+    wide = replace(spec, r=7, alpha=spec.scaling * 7)
+    both = {
+        name: torch.cat([tensor, residual[name]], dim=0 if "lora_A" in name else 1)
+        for name, tensor in tensors.items()
+    }
+    with attach(model, wide, both, None, base_masks):
+        expected = _logits(model, ids)
+    before = _logits(model, ids)
+    parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with attach(model, spec, tensors, None, base_masks, residual) as adapted:
+        torch.testing.assert_close(_logits(model, ids), expected, rtol=1e-4, atol=1e-5)
+        assert all(torch.equal(adapted.state()[name], tensors[name]) for name in tensors)
+        for name, mask in base_masks.items():
+            weight = model.get_submodule(name.removesuffix(".weight")).weight
+            assert isinstance(weight, Tensor)
+            assert not torch.equal(weight, parameters[name])
+            assert bool(weight[~mask].any()) is not masked
+    assert torch.equal(_logits(model, ids), before)
+    assert all(torch.equal(p, parameters[name]) for name, p in model.named_parameters())
+
+
+def test_a_residual_of_another_base_is_refused(llama: nn.Module) -> None:
+    spec = adapter_spec("dense", r=4)
+    tensors = _adapter(llama, spec)
+    with pytest.raises(PrufedError, match="the adapter lacks"):
+        attach(llama, spec, tensors, residual=dict(list(tensors.items())[2:]))
+    assert not any(parameter.requires_grad is False for parameter in llama.parameters())

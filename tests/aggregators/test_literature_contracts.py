@@ -24,6 +24,8 @@ GIVEN_UP: list[tuple[str, dict[str, Any], str]] = [
     ("flexlora", {"split": "balanced", "beta": 0}, PRODUCT.replace("c9", "")),
     ("raflora", {}, PRODUCT),
     ("flora", {}, "c1 c4 c5 c14"),
+    ("fedex", {}, ""),
+    ("fedex", {"residual_rank": 1}, ""),
     ("median", {}, "c4"),
     ("trimmed-mean", {}, ""),
     ("trimmed-mean", {"trim": 0.4}, "c4"),

@@ -159,6 +159,20 @@ def test_pruned_ranks_are_the_same_after_a_kill(
     assert min(event["rank"] for event in ended.select("client")) < 4
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("aggregator", ["fedex"])
+def test_what_a_method_keeps_beside_the_global_adapter_goes_on_where_it_was(
+    tmp_path: Path, configuration: dict[str, Any], aggregator: str
+) -> None:
+    configuration |= {"aggregator": {"name": aggregator}, "rounds": 3}
+    configuration["clients"] = configuration["clients"][:3]
+    run(tmp_path / "whole", configuration)
+    start_and_kill(tmp_path / "killed", configuration, lambda home: journalled(home, "merged") >= 1)
+    resume_and_kill(tmp_path / "killed", lambda home: journalled(home, "merged") >= 2)
+    resume(tmp_path / "killed", "fed-1")
+    assert adapters(tmp_path / "killed") == adapters(tmp_path / "whole")
+
+
 def test_a_lost_state_of_the_server_optimizer_is_noticed(
     tmp_path: Path, configuration: dict[str, Any]
 ) -> None:

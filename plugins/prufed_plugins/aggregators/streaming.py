@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from prufed_plugins.aggregators.coverage import Reader
+from prufed_plugins.aggregators.residuals import of_one_rank
 from prufed_plugins.aggregators.validation import (
     check_facts,
     in_order,
@@ -97,17 +98,21 @@ def aggregate(
         excluded |= faults
         ordered = [update for update in ordered if update.client not in faults]
     tensors = merged.tensors if optimizer is None else _step(optimizer, merged, state)
+    residual = of_one_rank({**state.residual, **merged.residual})
     return Aggregated(
-        replace(state, tensors=tensors), merged.diagnostics, dict(sorted(excluded.items()))
+        replace(state, tensors=tensors, residual=residual),
+        merged.diagnostics,
+        dict(sorted(excluded.items())),
     )
 
 
 @dataclass(frozen=True)
 class _Round:
-    """The merged tensors and the coverage by name, the diagnostics by module."""
+    """The merged tensors, coverage and new residuals by name, the diagnostics by module."""
 
     tensors: dict[str, Tensor]
     covered: dict[str, Tensor | None]
+    residual: dict[str, Tensor]
     diagnostics: dict[str, dict[str, float]]
 
 
@@ -116,7 +121,7 @@ def _merge(
 ) -> _Round:
     """Merge module by module, without the optimizer."""
     tensors = _allocate(state.tensors)
-    merged = _Round(tensors, {}, {})
+    merged = _Round(tensors, {}, {}, {})
     if updates:
         aggregator.prepare(updates, state)
     for module, names in by_module(state.tensors).items():
@@ -133,6 +138,7 @@ def _merge(
             if keep_coverage:
                 given = key in result.covered
                 merged.covered[name] = result.covered[key] if given else _union(holders, name)
+        merged.residual.update({names[key]: given for key, given in result.residual.items()})
         merged.diagnostics[module] = {
             "clients": float(len(holders)),
             "update_norm": _distance(result.tensors, current),
