@@ -263,6 +263,14 @@ def _robust() -> Iterator[Method]:
         summary="mean of the updates that lie closest to the others",
         paper=blanchard,
     )
+    yield Method(
+        name="fltrust",
+        target="prufed_plugins.aggregators.fltrust:FLTrust",
+        params=params.FLTrustParams,
+        summary="mean by agreement with an update that the server trains on its own data",
+        paper="Cao et al. 2020, https://arxiv.org/abs/2012.13995",
+        needs_server_data=True,
+    )
 
 
 def _merging() -> Iterator[Method]:

@@ -456,6 +456,15 @@ class MultiKrumParams(KrumParams):
         return by_samples(0)
 
 
+class FLTrustParams(NoParams):
+    """Parameters of the aggregator ``fltrust``."""
+
+    @property
+    def weighting(self) -> Weighting:
+        """Return the agreement with the server, which only training shows."""
+        return Weighting("by agreement with the server's own change, w = weight · max(0, cos)")
+
+
 class TiesParams(Params):
     """Parameters of the aggregator ``ties``."""
 

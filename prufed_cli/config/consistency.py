@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from prufed_cli.config.messages import Problem
-from prufed_cli.config.models import TARGETS
+from prufed_cli.config.models import ROOT, TARGETS
 
 
 def contradictions(document: Mapping[str, Any]) -> Iterator[Problem]:
@@ -19,6 +19,8 @@ def contradictions(document: Mapping[str, Any]) -> Iterator[Problem]:
     if not isinstance(clients, list | tuple):
         return
     yield from _same_names(clients)
+    if document.get("server_data") is not None:
+        yield from _server_name(clients)
     shared = document.get("data") is not None
     for index, client in enumerate(clients):
         if isinstance(client, Mapping):
@@ -38,6 +40,13 @@ def _same_names(clients: list[Any] | tuple[Any, ...]) -> Iterator[Problem]:
             message = f"{name!r} is also the name of clients.{first[name]}"
             yield Problem(("clients", index, "name"), message)
         first.setdefault(name, index)
+
+
+def _server_name(clients: list[Any] | tuple[Any, ...]) -> Iterator[Problem]:
+    for index, client in enumerate(clients):
+        if isinstance(client, Mapping) and client.get("name") == ROOT:
+            message = f"{ROOT!r} is what the server's own adapter is called; choose another name"
+            yield Problem(("clients", index, "name"), message)
 
 
 def _client(index: int, client: Mapping[str, Any], *, shared: bool) -> Iterator[Problem]:

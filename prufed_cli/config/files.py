@@ -21,6 +21,7 @@ def resolve_paths(document: MutableMapping[str, Any], directory: Path) -> Iterat
     ``base`` and ``calibration`` may be something else than a path; see below.
     """
     yield from _path(document, ("data", "path"), directory)
+    yield from _path(document, ("server_data",), directory)
     yield from _path(document, ("evaluate", "include_path"), directory, is_directory=True)
     yield from _path(document, ("evaluate", "perplexity"), directory)
     yield from _base(document, ("base",), directory)

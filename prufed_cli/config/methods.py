@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from pydantic import ValidationError
@@ -43,6 +44,7 @@ def method_problems(document: Mapping[str, Any]) -> Iterator[Problem]:
     """
     yield from _plain(document, "sampler", SamplerConfig, ("sampler",))
     yield from _plain(document, "aggregator", AggregatorConfig, ("aggregator",))
+    yield from _server_data(document)
     if none_by_name(document.get("server_optimizer")) is not None:
         yield from _plain(document, "optimizer", ServerOptimizerConfig, ("server_optimizer",))
     data = document.get("data")
@@ -52,6 +54,25 @@ def method_problems(document: Mapping[str, Any]) -> Iterator[Problem]:
     clients = clients if isinstance(clients, list | tuple) else []
     yield from _pruners(_section(PrunerConfig, document.get("pruner")), clients)
     yield from _tuners(_section(TunerConfig, document.get("tuner")), clients)
+
+
+def needs_server_data(aggregator: AggregatorConfig) -> bool:
+    """Return whether an aggregator needs rows of the server's own.
+
+    Raises:
+        MethodError: there is no such aggregator.
+    """
+    return catalog().get("aggregator", aggregator.name).method.needs_server_data
+
+
+def _server_data(document: Mapping[str, Any]) -> Iterator[Problem]:
+    aggregator = _section(AggregatorConfig, document.get("aggregator"))
+    if aggregator is None or document.get("server_data") is not None:
+        return
+    with suppress(MethodError):  # which is another problem
+        if needs_server_data(aggregator):
+            message = f"{aggregator.name} needs rows that the server trusts; give `server_data`"
+            yield Problem(("aggregator",), message)
 
 
 def _pruners(pruner: PrunerConfig | None, clients: Sequence[Any]) -> Iterator[Problem]:

@@ -43,6 +43,9 @@ LAYER_PRUNERS: Final = frozenset(
 )
 """The built-in pruners that drop whole decoder layers."""
 
+ROOT: Final = "root"
+"""What the server's own adapter is called where it trains one; no client has this name then."""
+
 TARGETS: Final = ("sparsity", "pattern", "keep_layers", "base")
 """The ways to say what a client's sub-model is."""
 
@@ -363,6 +366,10 @@ class FederationConfig(Section):
     )
     screen: ScreenConfig = ScreenConfig()
     data: DataConfig | None = None
+    server_data: Path | None = Field(
+        default=None,
+        description="rows of the server's own, for aggregators that need them, such as fltrust",
+    )
     evaluate: EvaluateConfig = EvaluateConfig()
     write_back: WriteBackConfig = WriteBackConfig()
     tier_weight: Literal["none", "inverse-density"] = Field(

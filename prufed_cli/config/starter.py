@@ -63,6 +63,8 @@ data:
   path: embedded                # the data that comes with prufed; yours: rows.jsonl
   partition: {name: by-category}
 
+# server_data: trusted.jsonl     # rows of the server's own, which the aggregator fltrust needs
+
 # What to measure, and after which rounds.
 evaluate:
   tasks: [prufed_open_qa, prufed_classification]  # of lm-eval, such as hellaswag and sciq

@@ -187,11 +187,14 @@ def _planned(run: journal.Run, registry: Registry) -> Plan:
 
     document = {**run.document["configuration"], "base": run.document["base"]}
     plan = make_plan(validated(document), registry)
-    before = {client["name"]: client["data_digest"] for client in run.document["plan"]["clients"]}
-    for client in plan.clients:
-        if before.get(client.name) != client.data_digest:
+    begun = run.document["plan"]
+    trained = [*begun["clients"], *filter(None, [begun.get("server")])]
+    before = {one["name"]: one["data_digest"] for one in trained}
+    for one in plan.training:
+        if before.get(one.name) != one.data_digest:
+            whose = "the server" if one is plan.server else f"client {one.name}"
             raise PrufedError(
-                f"the data of client {client.name} has changed since run {run.id} began",
+                f"the data of {whose} has changed since run {run.id} began",
                 "restore the file, or start a new run",
                 INTEGRITY,
             )

@@ -67,6 +67,9 @@ def make_federation(
         reporter=reporter,
         transposed=beginning.transposed,
         aggregator=build("aggregator", config.aggregator.name, config.aggregator.settings),
+        root=None
+        if plan.server is None
+        else make_client(plan.server, full, full, layers, config.seed, registry),
         optimizer=None
         if optimizer is None
         else build("optimizer", optimizer.name, optimizer.settings),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from prufed_cli.errors import PrufedError
 from prufed_cli.federation.artifacts import publish_global, read_update
@@ -24,17 +24,20 @@ if TYPE_CHECKING:
     from prufed_cli.federation.clients import Client
     from prufed_cli.federation.journal import Event
     from prufed_cli.federation.state import Federation
-    from prufed_plugins.api import Update
+    from prufed_plugins.api import TrustingAggregator, Update
     from prufed_registry import Artifact
 
 
-def merge_round(federation: Federation, index: int, done: Mapping[str, Artifact]) -> None:
+def merge_round(
+    federation: Federation, index: int, done: Mapping[str, Artifact], root: Artifact | None
+) -> None:
     """Merge the round's adapters, publish the global one and journal it.
 
     Args:
         federation: the run; its state and newest global adapter are the merged ones afterwards.
         index: the round, 0 for the first.
         done: the adapter of every client that trained.
+        root: the server's own, where the aggregator holds the clients against it.
 
     Raises:
         PrufedError: fewer updates than ``min_clients`` could be merged.
@@ -42,25 +45,23 @@ def merge_round(federation: Federation, index: int, done: Mapping[str, Artifact]
     started = time.monotonic()
     copied = copies(federation.clients, done)
     updates = [
-        read_update(
-            federation.client_at(index + 1, name),
-            done[name],
-            index,
-            transposed=federation.transposed,
-        )
-        for name in done
+        _read(federation, index, name, artifact)
+        for name, artifact in done.items()
         if name not in copied
     ]
+    if federation.root is not None and root is not None:
+        own = _read(federation, index, federation.root.name, root)
+        cast("TrustingAggregator", federation.aggregator).trust(own)
     with federation.reporter.task(f"round {index + 1}: merge {len(updates)} adapters"):
         screened = _screen(federation, index, updates)
         merged = _aggregate(federation, index, screened.updates)
     excluded = {**copied, **screened.excluded, **merged.excluded}
     _report_excluded(federation, index, excluded, len(done))
     federation.state = merged.state
-    artifact = _publish(federation, index, done)
+    artifact = _publish(federation, index, done, root)
     federation.newest = artifact
     extra: dict[str, Any] = {}
-    trained = federation.run.select("client", round=index)
+    trained = [e for e in federation.run.select("client", round=index) if e["client"] in done]
     if federation.optimizer is not None:
         extra["optimizer"] = save_state(federation.run.directory, index, federation.optimizer)
     federation.run.record(
@@ -81,6 +82,12 @@ def merge_round(federation: Federation, index: int, done: Mapping[str, Artifact]
     federation.reporter.note(
         f"round {index + 1}: {artifact.ref} from {', '.join(sorted(done))} ({_losses(trained)})"
     )
+
+
+def _read(federation: Federation, index: int, name: str, artifact: Artifact) -> Update:
+    """Return what somebody trained in the round, at the ranks that are left."""
+    client = federation.client_at(index + 1, name)
+    return read_update(client, artifact, index, transposed=federation.transposed)
 
 
 def _screen(federation: Federation, index: int, updates: Sequence[Update]) -> Screened:
@@ -156,13 +163,16 @@ def _report_excluded(
     )
 
 
-def _publish(federation: Federation, index: int, done: Mapping[str, Artifact]) -> Artifact:
+def _publish(
+    federation: Federation, index: int, done: Mapping[str, Artifact], root: Artifact | None
+) -> Artifact:
     """Publish the merged adapter, or return what was published just before the process died."""
     config, full = federation.plan.config, federation.full
     parents = [Parent(ref=full.ref, digest=full.digest)]
     if federation.newest is not None:
         parents.append(Parent(ref=federation.newest.ref, digest=federation.newest.digest))
     parents += [Parent(ref=a.ref, digest=a.digest) for _, a in sorted(done.items())]
+    parents += [] if root is None else [Parent(ref=root.ref, digest=root.digest)]
     recipe = {
         "command": "federate",
         "run": federation.run.id,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from prufed_cli.data import Row, read_records, read_rows, rows_digest
 from prufed_cli.errors import FAILED, INTEGRITY, NOT_FOUND, USAGE, PrufedError
 from prufed_cli.federation.seeds import derive
-from prufed_cli.federation.submodels import SubModel, plan_submodel
+from prufed_cli.federation.submodels import SubModel, plan_submodel, whole
 from prufed_cli.partitioning import split_records
 from prufed_plugins.api import ClientInfo
 from prufed_plugins.discover import build
@@ -70,6 +70,7 @@ class Plan:
         clients: in the order of the configuration.
         sampled: names of the clients of every round, as far as the sparsities of sub-models that
             are still to be made decide it.
+        server: what the server trains on rows of its own; None where the aggregator needs none.
     """
 
     config: FederationConfig
@@ -77,6 +78,12 @@ class Plan:
     layers: int | None
     clients: tuple[ClientPlan, ...]
     sampled: tuple[tuple[str, ...], ...]
+    server: ClientPlan | None = None
+
+    @property
+    def training(self) -> tuple[ClientPlan, ...]:
+        """Return everybody who trains: the clients, and the server where it does."""
+        return self.clients if self.server is None else (*self.clients, self.server)
 
     @property
     def digest(self) -> str:
@@ -84,7 +91,7 @@ class Plan:
         content = {
             "config": self.config.model_dump(mode="json"),
             "base": self.base,
-            "data": {client.name: client.data_digest for client in self.clients},
+            "data": {one.name: one.data_digest for one in self.training},
         }
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
@@ -113,6 +120,7 @@ def make_plan(config: FederationConfig, registry: Registry) -> Plan:
         layers=layers,
         clients=clients,
         sampled=_sampled(config, clients, layers),
+        server=_server(config, base, layers),
     )
     _check_space(plan, registry)
     return plan
@@ -155,6 +163,25 @@ def _client(
         adapter=config.adapter_of(client),
         tuner=config.tuner_of(client),
         weight=client.weight * _tier_weight(config, client.name, submodel),
+    )
+
+
+def _server(config: FederationConfig, base: str, layers: int | None) -> ClientPlan | None:
+    """Return the server's own part: the full model, and the shared adapter and tuner."""
+    from prufed_cli.config.methods import needs_server_data
+    from prufed_cli.config.models import ROOT
+
+    if config.server_data is None or not needs_server_data(config.aggregator):
+        return None
+    rows = tuple(read_rows(config.server_data))
+    return ClientPlan(
+        name=ROOT,
+        submodel=whole(base, layers),
+        rows=rows,
+        data_digest=rows_digest(rows),
+        adapter=config.adapter,
+        tuner=config.tuner,
+        weight=1.0,
     )
 
 

@@ -60,6 +60,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "evaluate": config.evaluate.model_dump(mode="json"),
         "warnings": list(warnings(plan)),
         "digest": plan.digest,
+        "server": _client(plan.server, None) if plan.server else None,
         "clients": [
             _client(client, None if shares is None else shares[client.name])
             for client in plan.clients
@@ -172,10 +173,18 @@ def heading(plan: Plan) -> list[str]:
         f"tuner       {config.tuner.name}{_listed(_parameters('tuner', config.tuner))}",
         *_aggregation(plan),
         f"server step {step}",
+        *_server(plan),
         f"screening   masks as given, finite, outliers {_outliers(plan)}, {_clip(plan)}",
         f"write-back  mix({config.write_back.share:g}): {_mix(config.write_back.share)}",
         f"evaluate    {', '.join(config.evaluate.tasks) or 'no tasks'}",
     ]
+
+
+def _server(plan: Plan) -> list[str]:
+    if plan.server is not None:
+        return [f"server data {len(plan.server.rows)} rows, on which the server trains too"]
+    unused = plan.config.server_data is not None
+    return [f"server data not used by {plan.config.aggregator.name}"] if unused else []
 
 
 def _aggregation(plan: Plan) -> list[str]:

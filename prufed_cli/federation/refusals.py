@@ -22,6 +22,14 @@ def refuse_other_starts(plan: Plan, aggregator: Aggregator) -> None:
     config = plan.config
     rolls = getattr(aggregator, "window", None) is not None
     personal = frozenset(getattr(aggregator, "personal", ()))
+    if plan.server is not None and config.write_back.share > 0:
+        raise PrufedError(
+            f"{config.aggregator.name} holds changes from the global adapter against the "
+            f"server's, and write_back.share {config.write_back.share:g} lets clients start "
+            "elsewhere",
+            "set write_back.share to 0",
+            USAGE,
+        )
     if rolls and config.write_back.share > 0:
         raise PrufedError(
             f"{config.aggregator.name} gives clients other ranks each round, of which "

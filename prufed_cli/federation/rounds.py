@@ -68,6 +68,12 @@ def _round(federation: Federation, index: int, names: Sequence[str]) -> None:
     if run.find("round", round=index) is None:
         run.record("round", round=index, clients=list(names))
     done = tune_clients(federation, index, names)
+    root = None if federation.root is None else done.pop(federation.root.name, None)
+    if federation.root is not None and root is None:
+        raise PrufedError(
+            f"round {index + 1} has no update of the server's own to hold clients against",
+            f"see `prufed runs show {run.id}` for what went wrong",
+        )
     needed = federation.plan.config.min_clients
     if len(done) < needed:
         raise PrufedError(
@@ -75,4 +81,4 @@ def _round(federation: Federation, index: int, names: Sequence[str]) -> None:
             f"{len(names)} clients, and {needed} {'is' if needed == 1 else 'are'} needed",
             f"`prufed runs show {run.id}` says what went wrong with each",
         )
-    merge_round(federation, index, done)
+    merge_round(federation, index, done, root)

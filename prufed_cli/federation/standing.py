@@ -60,7 +60,7 @@ def masks_of(federation: Federation, client: Client) -> dict[str, Tensor]:
                 return {}
             found = client.globally(read_masks(federation.stored(trained[0])))
         else:
-            found = federation.clients[client.name].masks(federation.state.tensors)
+            found = federation.beginner(client.name).masks(federation.state.tensors)
         federation.masks[client.name] = found
     return first_ranks(federation.masks[client.name], client.spec.r)
 

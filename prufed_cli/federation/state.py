@@ -44,6 +44,7 @@ class Federation:
         evaluates: whether rounds are evaluated as the configuration says.
         newest: the last global adapter that was published.
         masks: of every client's factors, by client and global name, at its first rank.
+        root: the server as one that trains on rows of its own, where the aggregator needs that.
         first: the global adapter before the first round.
     """
 
@@ -63,6 +64,7 @@ class Federation:
     evaluates: bool = True
     newest: Artifact | None = None
     masks: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    root: Client | None = None
     first: GlobalState = field(init=False)
 
     def __post_init__(self) -> None:
@@ -85,9 +87,13 @@ class Federation:
         events = reversed(self.run.select("client", client=name))
         return next((event for event in events if event["round"] < index), None)
 
+    def beginner(self, name: str) -> Client:
+        """Return a client, or the server, as it begins."""
+        return self.root if self.root and name == self.root.name else self.clients[name]
+
     def client_at(self, index: int, name: str) -> Client:
-        """Return a client as it is before round ``index``: with the ranks that it has left."""
-        event, client = self.last_update(index, name), self.clients[name]
+        """Return a client, or the server, as it is before round ``index``: with the ranks left."""
+        event, client = self.last_update(index, name), self.beginner(name)
         return client if event is None else client.at_rank(event.get("rank", client.spec.r))
 
     def stored(self, event: Event) -> Artifact:

@@ -36,6 +36,11 @@ class SubModel:
     density: float | None
 
 
+def whole(base: str, layers: int | None) -> SubModel:
+    """Return the full model as a sub-model of itself."""
+    return SubModel("dense", base, None, 0.0, layers, 1.0)
+
+
 def plan_submodel(
     config: FederationConfig,
     client: ClientConfig,
@@ -59,7 +64,7 @@ def plan_submodel(
     if client.base is not None:
         return _made_before(client, client.base, base, layers, registry)
     if client.sparsity == 0 or (client.keep_layers is not None and client.keep_layers == layers):
-        return SubModel("dense", base, None, 0.0, layers, 1.0)
+        return whole(base, layers)
     pruner = config.pruner_of(client)
     settings = dict(pruner.settings)
     if client.keep_layers is not None:

@@ -40,10 +40,11 @@ class Speed:
 
 
 def tune_clients(federation: Federation, index: int, names: Sequence[str]) -> dict[str, Artifact]:
-    """Return the adapter of every client of the round that did not fail."""
+    """Return the adapter of every client of the round, and of the server, that did not fail."""
     done: dict[str, Artifact] = {}
     jobs = []
-    for name in names:
+    everybody = [*names] if federation.root is None else [*names, federation.root.name]
+    for name in everybody:
         client = federation.client_at(index, name)
         event = federation.run.find("client", round=index, client=name)
         if event is not None:
@@ -68,7 +69,7 @@ def tune_clients(federation: Federation, index: int, names: Sequence[str]) -> di
             artifact = _receive(federation, index, outcome)
             if artifact is not None:
                 done[outcome.job.client.name] = artifact
-    return {name: done[name] for name in names if name in done}
+    return {name: done[name] for name in everybody if name in done}
 
 
 def client_recipe(federation: Federation, index: int, client: Client) -> dict[str, Any]:

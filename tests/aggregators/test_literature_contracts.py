@@ -32,6 +32,7 @@ GIVEN_UP: list[tuple[str, dict[str, Any], str]] = [
     ("krum", {}, "c4 c7 c12"),
     ("krum", {"byzantine": 0}, "c4 c7 c12"),
     ("multi-krum", {}, "c4 c7"),
+    ("fltrust", {}, "c1 c4 c7 c12"),
     ("ties", {}, "c1 c4 c7 c12"),
     ("ties", {"density": 1}, "c4"),
     ("dare", {}, "c1 c4 c7 c9 c12 c13"),

@@ -74,6 +74,21 @@ CASES = {
         SHARED + "clients: [{name: a, sparsity: -0.5}]\n",
         ["2:31: clients.0.sparsity: must be at least 0, not -0.5"],
     ),
+    "an aggregator without the server's rows": (
+        SHARED + "aggregator: {name: fltrust}\nclients: [{name: a}]\n",
+        ["2:13: aggregator: fltrust needs rows that the server trusts; give `server_data`"],
+    ),
+    "the server's rows that are not there": (
+        SHARED + "server_data: trusted.jsonl\nclients: [{name: a}]\n",
+        ["2:14: server_data: no file 'trusted.jsonl' (looked for DIR/trusted.jsonl)"],
+    ),
+    "a client called as the server's own adapter": (
+        SHARED + "server_data: rows.jsonl\nclients: [{name: root}]\n",
+        [
+            "3:18: clients.0.name: 'root' is what the server's own adapter is called; "
+            "choose another name"
+        ],
+    ),
     "sparsity as text": (
         SHARED + "clients: [{name: a, sparsity: half}]\n",
         ["2:31: clients.0.sparsity: must be a number, not 'half'"],

@@ -41,6 +41,7 @@ def test_two_rounds_of_unequal_sparsity(tmp_path: Path, configuration: Document,
         "rounds": 1 if name == "flora" else 2,
         "adapter": {**configuration["adapter"], "r": 6},
         "aggregator": {"name": name, **SETTINGS.get(name, {})},
+        "server_data": configuration["data"]["path"],
         "clients": [{**client, "adapter": {"r": 2}} for client in CLIENTS]
         if name == "flora"
         else CLIENTS,

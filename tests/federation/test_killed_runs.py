@@ -160,11 +160,12 @@ def test_pruned_ranks_are_the_same_after_a_kill(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("aggregator", ["fedex"])
+@pytest.mark.parametrize("aggregator", ["fedex", "fltrust"])
 def test_what_a_method_keeps_beside_the_global_adapter_goes_on_where_it_was(
     tmp_path: Path, configuration: dict[str, Any], aggregator: str
 ) -> None:
     configuration |= {"aggregator": {"name": aggregator}, "rounds": 3}
+    configuration["server_data"] = configuration["data"]["path"]
     configuration["clients"] = configuration["clients"][:3]
     run(tmp_path / "whole", configuration)
     start_and_kill(tmp_path / "killed", configuration, lambda home: journalled(home, "merged") >= 1)

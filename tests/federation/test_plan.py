@@ -209,6 +209,7 @@ def test_every_aggregator_is_chosen_on_the_command_line(
     method: str,
 ) -> None:
     settings = {"krum": ["byzantine=0"], "multi-krum": ["byzantine=0"], "flora": []}
+    configuration["server_data"] = configuration["data"]["path"]
     configuration["clients"] = configuration["clients"][:3]
     if method == "flora":
         configuration |= {"rounds": 1, "adapter": {**configuration["adapter"], "r": 6}}

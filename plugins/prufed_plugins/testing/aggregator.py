@@ -8,7 +8,8 @@
 Everything runs through the same driver as a real round, on small random adapters. Two attributes
 say what a method needs, and the kit's federations are then as large:
 ``least_clients``, the fewest it can merge, and ``stacks``, that its global rank is the sum of the
-clients' ranks.
+clients' ranks. To a method that holds the clients against an update of the server's own, the kit
+gives one that halves the global adapter.
 """
 
 from __future__ import annotations
@@ -272,7 +273,18 @@ _NEW_NUMBER: Final = {0: 2, 1: 0, 2: 1}
 
 
 def _run(aggregator: Aggregator, updates: Sequence[Update], state: GlobalState) -> Tensors:
-    return aggregate(aggregator, updates, _room(aggregator, updates, state)).state.tensors
+    whole = _room(aggregator, updates, state)
+    trust = getattr(aggregator, "trust", None)
+    if trust is not None:
+        trust(_root(whole))
+    return aggregate(aggregator, updates, whole).state.tensors
+
+
+def _root(state: GlobalState) -> Update:
+    """Return an update of the server's own; it follows from the state, so a renamed one fits."""
+    tensors = {name: tensor / 2 for name, tensor in state.tensors.items()}
+    layers = tuple(range(state.layers))
+    return Update("root", tensors, None, 1, state.rank, state.scaling, layers)
 
 
 def _room(aggregator: Aggregator, updates: Sequence[Update], state: GlobalState) -> GlobalState:
