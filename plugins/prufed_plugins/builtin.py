@@ -177,6 +177,13 @@ def _means() -> Iterator[Method]:
         paper="Guo et al. 2024, https://arxiv.org/abs/2410.01463",
     )
     yield Method(
+        name="user-centric",
+        target="prufed_plugins.aggregators.user_centric:UserCentric",
+        params=params.UserCentricParams,
+        summary="every client gets a mean of its own, by how alike its gradient and others' are",
+        paper="Mestoukirdi et al. 2023, https://arxiv.org/abs/2304.12930",
+    )
+    yield Method(
         name="fjord",
         target="prufed_plugins.aggregators.fjord:Fjord",
         params=params.FjordParams,

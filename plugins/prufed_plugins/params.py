@@ -564,6 +564,26 @@ class FedRolexParams(Params):
     )
 
 
+class UserCentricParams(Params):
+    """Parameters of the aggregator ``user-centric``."""
+
+    beta: float = Field(
+        default=0.0, ge=0, le=4, description="clients weigh n^beta: 1 by samples, 0 all alike"
+    )
+    batch_size: int = Field(
+        default=8, ge=1, description="rows of a mini-batch, whose gradients say what noise is"
+    )
+    batches: int | None = Field(
+        default=None, ge=2, description="mini-batches to look at; all of a client's if not set"
+    )
+
+    @property
+    def weighting(self) -> Weighting:
+        """Return the likeness of the gradients, for every client another."""
+        rule = by_samples(self.beta).words
+        return Weighting(f"by how alike two clients' first gradients are; {rule}")
+
+
 # --- server optimizers ---------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -78,6 +79,25 @@ def write_back(
             values = torch.where(fitting, values, torch.zeros_like(values))
         result[name] = values.clone(memory_format=torch.contiguous_format)
     return result
+
+
+def with_own(
+    state: GlobalState, own: Mapping[str, Tensor], *, scaling: float, rank: int
+) -> GlobalState:
+    """Return the state with a client's adapter in the place of the global one, where it has one.
+
+    Args:
+        state: the global adapter.
+        own: the client's tensors by global name, in its own scale.
+        scaling: s_i.
+        rank: r_i; its ranks are the first.
+    """
+    factor = math.sqrt(scaling / state.scaling)
+    tensors = dict(state.tensors)
+    for name, tensor in own.items():
+        tensors[name] = state.tensors[name].clone()
+        ranks_of(name, tensors[name], range(rank)).copy_(tensor.double() * factor)
+    return replace(state, tensors=tensors)
 
 
 def _check(state: GlobalState, scaling: float, rank: int, share: float) -> None:

@@ -130,6 +130,8 @@ def _rows(event: Event, merged: Mapping[int, Event]) -> list[list[object]]:
             return rows
         whole = [number, "(global)", event["ref"], "", "", "", event["seconds"], "", "", ""]
         return [*rows, whole]
+    if event["event"] == "own":
+        return [[number, event["client"], f"{event['ref']} (its own)", *_EMPTY]]
     if event["event"] == "written_back":
         return [["", event["client"], f"{event['ref']} (written back)", *_EMPTY]]
     return []

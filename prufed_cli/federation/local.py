@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from prufed_cli.errors import PrufedError
-from prufed_cli.models.adapters import attach
+from prufed_cli.models.adapters import AttachedAdapter, attach
 from prufed_cli.models.base import (
     base_masks,
     choose_device,
@@ -141,18 +141,33 @@ class LocalEngine:
                 reason = "out of memory; lower micro_batch_size or cutoff"
             yield Outcome(job, result, reason, time.monotonic() - started)
 
+    def gradient(
+        self, job: Job, *, batch_size: int, batches: int | None
+    ) -> tuple[dict[str, Tensor], float]:
+        """Return the mean gradient of a client's factors by local name, and its variance.
+
+        Raises:
+            MethodError: the client has too few rows, or a gradient is not finite.
+        """
+        from prufed_plugins.tuners.gradients import mean_gradient
+
+        resident = self.bases.get(job.client.base)
+        data = self._training_data(job.client, resident)
+        with self._attached(job, resident) as adapted:
+            return mean_gradient(
+                adapted,
+                data,
+                batch_size=batch_size,
+                batches=batches,
+                seed=job.seed,
+                pad_token_id=_pad(resident.tokenizer),
+            )
+
     def _tune(self, job: Job, on_step: Callable[[Job, TuneStep], None]) -> TuneResult:
         client = job.client
         resident = self.bases.get(client.base)
         data = self._training_data(client, resident)
-        with attach(
-            resident.model,
-            client.spec,
-            client.local(job.tensors),
-            client.local(job.masks),
-            resident.masks,
-            client.local(job.residual),
-        ) as adapted:
+        with self._attached(job, resident) as adapted:
             return make_tuner(client.plan.tuner).tune(
                 adapted,
                 data,
@@ -161,6 +176,17 @@ class LocalEngine:
                 round_index=job.round_index,
                 pad_token_id=_pad(resident.tokenizer),
             )
+
+    def _attached(self, job: Job, resident: Resident) -> AttachedAdapter:
+        client = job.client
+        return attach(
+            resident.model,
+            client.spec,
+            client.local(job.tensors),
+            client.local(job.masks),
+            resident.masks,
+            client.local(job.residual),
+        )
 
     def _training_data(self, client: Client, resident: Resident) -> TrainingData:
         if client.name not in self._data:

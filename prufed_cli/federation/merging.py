@@ -11,6 +11,7 @@ from prufed_cli.errors import PrufedError
 from prufed_cli.federation.artifacts import publish_global, read_update
 from prufed_cli.federation.local import make_tuner
 from prufed_cli.federation.measured import diagnostics, summaries
+from prufed_cli.federation.own_adapters import merge_own_adapters
 from prufed_cli.federation.resting import RestingOptimizer, rested, resting_factors
 from prufed_cli.federation.server_state import forget_older, save_state
 from prufed_cli.federation.standing import masks_of
@@ -57,6 +58,8 @@ def merge_round(
         merged = _aggregate(federation, index, screened.updates)
     excluded = {**copied, **screened.excluded, **merged.excluded}
     _report_excluded(federation, index, excluded, len(done))
+    usable = [update for update in screened.updates if update.client not in excluded]
+    merge_own_adapters(federation, index, usable, done)
     federation.state = merged.state
     artifact = _publish(federation, index, done, root)
     federation.newest = artifact

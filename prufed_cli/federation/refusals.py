@@ -107,3 +107,25 @@ def refuse_fewer_ranks(plan: Plan, aggregator: Aggregator) -> None:
                 "choose the aggregator hetlora, or another that mixes ranks; or the tuner lora",
                 USAGE,
             )
+
+
+def refuse_beside_own_adapters(plan: Plan, aggregator: Aggregator) -> None:
+    """Refuse what goes by the global adapter where no client is given it.
+
+    Raises:
+        PrufedError: there is such a thing.
+    """
+    config = plan.config
+    given = {
+        "server_optimizer": config.server_optimizer is not None,
+        "write_back.share": config.write_back.share > 0,
+        "screen.clip": config.screen.clip is not None,
+    }
+    for what, wanted in given.items():
+        if wanted and hasattr(aggregator, "for_client"):
+            raise PrufedError(
+                f"{config.aggregator.name} gives every client an adapter of its own, and {what} "
+                "goes by the global one",
+                f"leave out {what}, or choose another aggregator",
+                USAGE,
+            )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from prufed_cli.federation.clients import make_spec
 from prufed_cli.federation.refusals import (
+    refuse_beside_own_adapters,
     refuse_fewer_ranks,
     refuse_other_bases,
     refuse_other_starts,
@@ -47,6 +48,7 @@ def rehearse_plan(plan: Plan, state: GlobalState) -> None:
     refuse_other_starts(plan, aggregator)
     refuse_other_bases(plan, aggregator)
     refuse_fewer_ranks(plan, aggregator)
+    refuse_beside_own_adapters(plan, aggregator)
     updates = {client.name: _planned(client, plan, state) for client in plan.clients}
     _rehearse(plan.sampled, updates, aggregator, state)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from prufed_cli.errors import PrufedError
 from prufed_cli.federation.evaluating import evaluate_round
 from prufed_cli.federation.merging import merge_round
+from prufed_cli.federation.own_adapters import compare_clients
 from prufed_cli.federation.plan import sample_rounds
 from prufed_cli.federation.rehearsal import rehearse
 from prufed_cli.federation.server_state import load_state
@@ -59,6 +60,7 @@ def _prepared(federation: Federation) -> tuple[tuple[str, ...], ...]:
     merged = federation.run.find("merged")
     if federation.optimizer is not None and merged is not None:
         load_state(federation.run.directory, merged["optimizer"], federation.optimizer)
+    compare_clients(federation)
     return sampled
 
 

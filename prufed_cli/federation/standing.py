@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from prufed_cli.federation.clients import Client
     from prufed_cli.federation.state import Federation
+    from prufed_registry import Artifact
 
 
 def start_of(
@@ -26,6 +27,11 @@ def start_of(
     that the aggregator leaves to the clients, a client that has never trained has the first. The
     first ranks of a stack are some client's alone, so they are put in order before.
     """
+    if federation.gives_own:
+        given = own_adapter(federation, index, client)
+        if given is None:
+            return client.start(federation.first, masks, None, 0.0)
+        return first_ranks(client.globally(read_tensors(given)), client.spec.r)
     state, personal = federation.state, federation.personal
     if getattr(federation.aggregator, "stacks", False):
         state = best_first(state)
@@ -45,6 +51,13 @@ def start_of(
         between = federation.state_after(merged) if merged is not None else state
         own = client.start(between, masks, own, share, personal)
     return own
+
+
+def own_adapter(federation: Federation, index: int, client: Client) -> Artifact | None:
+    """Return the adapter of its own that a client was given last before round ``index``."""
+    events = federation.run.select("own", client=client.name)
+    events = [event for event in events if event["round"] < index]
+    return federation.stored(events[-1]) if events else None
 
 
 def masks_of(federation: Federation, client: Client) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -44,6 +44,8 @@ class Federation:
         evaluates: whether rounds are evaluated as the configuration says.
         newest: the last global adapter that was published.
         masks: of every client's factors, by client and global name, at its first rank.
+        similarities: how much client j counts in client i's own adapter, by i and j; empty where
+            clients are given the global one.
         root: the server as one that trains on rows of its own, where the aggregator needs that.
         first: the global adapter before the first round.
     """
@@ -64,6 +66,7 @@ class Federation:
     evaluates: bool = True
     newest: Artifact | None = None
     masks: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    similarities: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     root: Client | None = None
     first: GlobalState = field(init=False)
 
@@ -74,6 +77,11 @@ class Federation:
     def personal(self) -> frozenset[str]:
         """The factors, of A and B, that the aggregator leaves to each client."""
         return frozenset(getattr(self.aggregator, "personal", ()))
+
+    @property
+    def gives_own(self) -> bool:
+        """Whether the aggregator gives every client an adapter of its own."""
+        return hasattr(self.aggregator, "for_client")
 
     @property
     def window(self) -> Callable[[int, int, int], Sequence[int]] | None:

@@ -12,7 +12,7 @@ from prufed_cli.federation.artifacts import publish_client
 from prufed_cli.federation.local import Job, Outcome, make_tuner
 from prufed_cli.federation.resting import resting_factors
 from prufed_cli.federation.seeds import derive
-from prufed_cli.federation.standing import first_ranks, masks_of, start_of
+from prufed_cli.federation.standing import first_ranks, masks_of, own_adapter, start_of
 from prufed_plugins.masks import magnitude_mask, split_factor
 from prufed_registry import Parent, fingerprint
 
@@ -90,12 +90,16 @@ def client_recipe(federation: Federation, index: int, client: Client) -> dict[st
     }
 
 
-def client_parents(federation: Federation, client: Client) -> list[Parent]:
-    """Return what a client's adapter is made from: its sub-model, and the global adapter."""
-    parents = [Parent(ref=client.base.ref, digest=client.base.digest)]
-    if federation.newest is not None:
-        parents.append(Parent(ref=federation.newest.ref, digest=federation.newest.digest))
-    return parents
+def client_parents(federation: Federation, index: int, client: Client) -> list[Parent]:
+    """Return what a client's adapter of round ``index`` is made from.
+
+    That is its sub-model, and the adapter that it was given before: the global one or its own.
+    """
+    given = federation.newest
+    if federation.gives_own:
+        given = own_adapter(federation, index, client)
+    made_from = [client.base] if given is None else [client.base, given]
+    return [Parent(ref=artifact.ref, digest=artifact.digest) for artifact in made_from]
 
 
 def _job(federation: Federation, index: int, client: Client) -> Job:
@@ -112,7 +116,7 @@ def _job(federation: Federation, index: int, client: Client) -> Job:
 
 def _unjournalled(federation: Federation, index: int, client: Client) -> Artifact | None:
     """Return an adapter that was published just before the process died."""
-    parents = client_parents(federation, client)
+    parents = client_parents(federation, index, client)
     key = fingerprint("client-adapter", parents, client_recipe(federation, index, client))
     artifact = federation.registry.find(key, kind="client-adapter")
     if artifact is not None:
@@ -151,7 +155,7 @@ def _receive(federation: Federation, index: int, outcome: Outcome) -> Artifact |
         masks,
         client.local(outcome.job.residual),
         name=f"{federation.plan.config.name}.{client.name}",
-        parents=client_parents(federation, client),
+        parents=client_parents(federation, index, client),
         recipe=recipe,
         facts={"round": index, "stage": "tuned"},
         metrics=metrics,

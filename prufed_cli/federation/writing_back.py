@@ -32,7 +32,7 @@ def _write_back(federation: Federation, client: Client) -> None:
         "stage": "written-back",
         "share": config.write_back.share,
     }
-    parents = client_parents(federation, client)
+    parents = client_parents(federation, config.rounds, client)
     key = fingerprint("client-adapter", parents, recipe)
     artifact = federation.registry.find(key, kind="client-adapter") or publish_client(
         federation.registry,

@@ -41,6 +41,7 @@ GIVEN_UP: list[tuple[str, dict[str, Any], str]] = [
     ("lora-fair", {}, "c1 c4 c5 c12"),
     ("fjord", {}, ""),
     ("fedrolex", {}, ""),
+    ("user-centric", {}, ""),
     ("fedsa", {}, ""),
     ("fedsa", {"global_b": "keep"}, "c1 c4 c7"),
     ("inclusivefl", {}, ""),

@@ -160,7 +160,7 @@ def test_pruned_ranks_are_the_same_after_a_kill(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("aggregator", ["fedex", "fltrust"])
+@pytest.mark.parametrize("aggregator", ["fedex", "fltrust", "user-centric"])
 def test_what_a_method_keeps_beside_the_global_adapter_goes_on_where_it_was(
     tmp_path: Path, configuration: dict[str, Any], aggregator: str
 ) -> None:

@@ -60,12 +60,7 @@ def train(
     Raises:
         MethodError: no row has a token to learn from, or the loss or a gradient is not finite.
     """
-    rows = [row for row in range(len(data)) if any(t != IGNORE for t in data.labels[row][1:])]
-    if not rows:
-        raise MethodError(
-            f"none of {len(data)} rows has a token to learn from",
-            "give longer rows, raise the cutoff, or train on all tokens",
-        )
+    rows = learnable_rows(data)
     steps = settings.epochs * math.ceil(len(rows) / settings.batch_size)
     total = steps if settings.max_steps is None else min(steps, settings.max_steps)
     trained = {name: p for name, p in model.parameters.items() if split_factor(name)[1] in factors}
@@ -91,6 +86,21 @@ def train(
 
 
 # --- order of the rows ---------------------------------------------------------------------------
+
+
+def learnable_rows(data: TrainingData) -> list[int]:
+    """Return the numbers of the rows that have a token to learn from.
+
+    Raises:
+        MethodError: there are none.
+    """
+    rows = [row for row in range(len(data)) if any(t != IGNORE for t in data.labels[row][1:])]
+    if not rows:
+        raise MethodError(
+            f"none of {len(data)} rows has a token to learn from",
+            "give longer rows, raise the cutoff, or train on all tokens",
+        )
+    return rows
 
 
 def length_batches(
