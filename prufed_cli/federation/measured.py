@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from prufed_plugins.screening import Screened
 
 _DIGITS = 6
+_TRUST = "trust."
 
 
 def summaries(screened: Screened) -> dict[str, dict[str, float]]:
@@ -48,10 +49,15 @@ def essentials(event: Event) -> str:
         ("update_norm", "change {:.3g}"),
         ("cosine_mean", "cosine to the mean {:.2f}"),
         ("cross_term", "cross term {:.1%}"),
+        ("residual_rank", "residual of {:.0f} ranks"),
     ):
         values = [module[key] for module in modules if key in module]
         if values:
             said.append(words.format(sum(values) / len(values)))
+    trust = {key: value for key, value in modules[0].items() if key.startswith(_TRUST)}
+    if trust:  # the same in every module
+        each = (f"{key.removeprefix(_TRUST)} {value:.2f}" for key, value in trust.items())
+        said.append(f"trust in {', '.join(each)}")
     if "payload_bytes" in event:
         said.append(f"{size_text(event['payload_bytes'])} from clients")
     return ", ".join(said)

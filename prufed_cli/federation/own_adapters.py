@@ -11,6 +11,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
+import torch
+
 from prufed_cli.errors import PrufedError
 from prufed_cli.federation.artifacts import publish_client
 from prufed_cli.federation.local import Job, make_tuner
@@ -97,6 +99,11 @@ def _first_gradient(
         )
     except MethodError as error:
         raise PrufedError(f"client {client.name}: {error.message}", error.hint) from error
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise PrufedError(
+            f"client {client.name}: out of memory while its first gradient was taken",
+            "lower aggregator.batch_size or tuner.cutoff",
+        ) from error
     ratio = federation.first.scaling / client.spec.scaling
     update = Update(
         client=client.name,

@@ -123,6 +123,20 @@ def test_sparse_shallow_and_narrow_clients_keep_their_zeros_layers_and_ranks(
         assert logits.isfinite().all()
 
 
+def test_ranks_that_a_client_prunes_stay_pruned_in_its_own_adapter(
+    tmp_path: Path, document: Document
+) -> None:
+    document["clients"][0]["tuner"] = {"name": "hetlora", "gamma": 0.5, "lam": 10.0}
+    document["rounds"] = 3
+    result = run(tmp_path, document)
+    registry = Registry(tmp_path / "registry")
+    left = [event["rank"] for event in result.run.select("client", client="a")]
+    assert left[-1] < 4
+    for event, rank in zip(result.run.select("own", client="a"), left, strict=True):
+        tensors = read_tensors(registry.resolve(event["ref"]))
+        assert {t.shape[0] for n, t in tensors.items() if "lora_A" in n} == {rank}
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -16,6 +16,7 @@ from prufed_cli.errors import PrufedError
 from prufed_cli.exporting import export_merged
 from prufed_cli.federation.artifacts import read_parts
 from prufed_cli.federation.federate import FederateResult, federate
+from prufed_cli.federation.measured import essentials
 from prufed_cli.models.adapters import load_adapter
 from prufed_cli.models.base import base_masks
 from prufed_registry import Artifact, Registry
@@ -133,6 +134,7 @@ def test_residual_rank_bounds_what_is_carried(tmp_path: Path, document: Document
     document["aggregator"] = {"name": "fedex", "residual_rank": 3}
     result = run(tmp_path, document)
     for event in result.run.select("merged"):
+        assert ", residual of 3 ranks" in essentials(event)
         assert all(module["residual_rank"] == 3 for module in event["diagnostics"].values())
     assert any(module["discarded"] > 0 for module in event["diagnostics"].values())
     assert load_adapter(result.artifact.path)[1].r == 7

@@ -12,6 +12,7 @@ from prufed_cli.config.documents import validated
 from prufed_cli.errors import INTEGRITY, PrufedError
 from prufed_cli.federation.artifacts import read_tensors
 from prufed_cli.federation.federate import FederateResult, federate
+from prufed_cli.federation.measured import essentials
 from prufed_cli.federation.plan import make_plan
 from prufed_cli.federation.plan_report import describe
 from prufed_cli.main import main
@@ -54,6 +55,7 @@ def test_the_server_trains_in_every_round_from_the_global_adapter(
     assert [parent.ref for parent in own[1].manifest.parents] == ["tiny@v1", "fed@v1"]
     for event in result.run.select("merged"):
         assert "root" not in event["clients"]
+        assert f"trust in {event['clients'][0]} 0." in essentials(event)
         for module in event["diagnostics"].values():
             given = [module[key] for key in module if key.startswith("trust.")]
             assert len(given) == 2
