@@ -132,6 +132,8 @@ def _print_method(entry: Entry) -> None:
     print_line(f"  from {entry.distribution} {entry.version}, {status(entry)}")
     if entry.method.paper:
         print_line(f"  paper: {entry.method.paper}")
+    if entry.method.needs_server_data:
+        print_line("  needs rows of the server's own: server_data in clients.yaml")
     parameters = settable(entry)
     if not parameters:
         print_line("  nothing to set")

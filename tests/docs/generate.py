@@ -125,6 +125,8 @@ def _method_section(entry: Entry) -> list[str]:
     lines = ["", f"### {entry.name}", "", f"{summary[0].upper()}{summary[1:]}."]
     if entry.method.paper:
         lines += ["", f"Paper: {entry.method.paper}"]
+    if entry.method.needs_server_data:
+        lines += ["", "Needs rows of the server's own: `server_data` in `clients.yaml`."]
     found = parameters(entry.method.params)
     if not found:
         return [*lines, "", "Nothing to set."]

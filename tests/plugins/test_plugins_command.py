@@ -39,6 +39,11 @@ def test_the_list_has_every_method(capsys: pytest.CaptureFixture[str]) -> None:
     assert [(one["kind"], one["name"]) for one in listed] == list(catalog().entries)
 
 
+def test_show_says_what_a_method_needs_of_the_server(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "needs rows of the server's own: server_data" in run(capsys, "show", "fltrust")[1]
+    assert "server_data" not in run(capsys, "show", "fedavg")[1]
+
+
 def test_show_describes_the_parameters(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "show", "dirichlet")
     assert code == 0
