@@ -76,10 +76,13 @@ class Sending:
         windows: the global ranks of each client, in its order; the first ones where it has none.
         personal: factors, of A and B, that every client keeps for itself: no change of theirs is
             anybody else's, so it is neither measured nor clipped.
+        own: whether clients began with adapters of their own, which the global one, the mean of
+            all, is only near: changes are still measured from it, but no A must be its.
     """
 
     windows: Mapping[str, Sequence[int]] = field(default_factory=dict)
     personal: frozenset[str] = frozenset()
+    own: bool = False
 
     def ranks(self, client: str, rank: int) -> Tensor:
         """Return a client's global ranks (r_i,)."""

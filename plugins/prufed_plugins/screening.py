@@ -137,7 +137,8 @@ def _strange_starts(
     averaging it with the others' is averaging noise.
     """
     found = {}
-    for update in updates if "A" not in sending.personal else ():
+    known = not sending.own and "A" not in sending.personal
+    for update in updates if known else ():
         try:
             cosine, growth = _direction_of_a(
                 update, state, sending.ranks(update.client, update.rank)

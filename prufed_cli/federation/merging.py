@@ -111,7 +111,7 @@ def _screen(federation: Federation, index: int, updates: Sequence[Update]) -> Sc
         clip=config.clip,
         outlier=config.outlier,
         given_masks=masks,
-        sending=Sending(windows, federation.personal),
+        sending=Sending(windows, federation.personal, federation.gives_own),
     )
     for name, factor in screened.clipped.items():
         federation.reporter.note(f"client {name}: its change is scaled by {factor:.3g}")

@@ -224,8 +224,8 @@ def test_an_a_is_not_judged_where_clients_keep_it_or_where_it_is_small() -> None
     def anew(tensor: Tensor, generator: torch.Generator) -> Tensor:
         return torch.randn(tensor.shape, generator=generator) / 2
 
-    kept = Sending(personal=frozenset("A"))
-    assert screen([with_a("other", anew, 1)], LARGE, sending=kept).excluded == {}
+    for kept in (Sending(personal=frozenset("A")), Sending(own=True)):
+        assert screen([with_a("other", anew, 1)], LARGE, sending=kept).excluded == {}
     small = replace(client("other", draw(1)), tensors=draw(9))
     assert screen([small], STATE).excluded == {}
 
