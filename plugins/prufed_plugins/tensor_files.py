@@ -13,7 +13,6 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -63,8 +62,7 @@ class Buffer:
         return self._taken[2:]
 
 
-@dataclass(frozen=True)
-class Entries:
+class Entries(NamedTuple):
     """A tensor that is read piece by piece.
 
     Attributes:

@@ -32,7 +32,7 @@ from prufed_plugins.tensor_files import Buffer
 Fallback = Literal["keep", "zero"]
 """What an entry that too few clients have becomes: its old value, or 0 as in Algorithm 2."""
 
-RUN: Final = 2**16
+RUN: Final = 2**15
 """Entries of a piece: their sums, in float64, and what one client sends of them."""
 
 _MOST_IN_A_BYTE: Final = 255

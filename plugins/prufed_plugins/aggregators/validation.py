@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,8 +86,7 @@ def load_part(update: Update, names: Mapping[str, str], state: GlobalState) -> P
     return Part(update.client, tensors, masks, update.samples, update.weight, update.rank)
 
 
-@dataclass(frozen=True)
-class Share:
+class Share(NamedTuple):
     """One client's share of one tensor, read piece by piece; otherwise as :func:`load_part`.
 
     Attributes:
