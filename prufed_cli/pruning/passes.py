@@ -18,7 +18,7 @@ from prufed_cli.models.skeleton import Skeleton, open_skeleton
 from prufed_cli.models.streaming import StreamedDecoder
 from prufed_cli.pruning.blocks import BlockStore
 from prufed_cli.pruning.job import Job
-from prufed_cli.pruning.memory import return_freed_memory
+from prufed_cli.pruning.memory import mapped_pieces
 from prufed_cli.pruning.plan import Plan, in_batches, make_plan, warn_of_few_tokens
 from prufed_cli.pruning.publish import Outcome, masked_outcome, publish, sliced_outcome
 from prufed_cli.pruning.scores import check_tokens, perplexity_report
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from prufed_registry import Artifact
 
 
+@mapped_pieces()  # before the plan too, which measures how fast memory comes
 def run_pass(job: Job, wanted: Sequence[int]) -> list[Artifact]:
     """Prune, and publish those sub-models of the pass that are wanted.
 
@@ -61,6 +62,7 @@ def run_pass(job: Job, wanted: Sequence[int]) -> list[Artifact]:
     return artifacts
 
 
+@mapped_pieces()
 def plan_pass(job: Job) -> Plan:
     """Return what a pass would take.
 
@@ -72,7 +74,6 @@ def plan_pass(job: Job) -> Plan:
 
 
 def _open(job: Job) -> tuple[Skeleton, StreamedDecoder]:
-    return_freed_memory()  # before the plan, which measures how fast memory comes
     options = job.options
     skeleton = open_skeleton(
         job.base.path, job.base.ref, options.compute, trust_remote_code=options.trust_remote_code

@@ -62,7 +62,7 @@ def prune(directory: Path, method: str, memory: str | None) -> dict[str, object]
     import prufed_cli
     from prufed_cli.models.base import find_base
     from prufed_cli.output import LineReporter
-    from prufed_cli.pruning.memory import parse_size, return_freed_memory
+    from prufed_cli.pruning.memory import parse_size
     from prufed_registry import Registry
 
     with tempfile.TemporaryDirectory(dir=directory.parent) as home:
@@ -70,7 +70,6 @@ def prune(directory: Path, method: str, memory: str | None) -> dict[str, object]
         base = find_base(str(directory), registry)
         tiny = prufed_cli.PruneRequest(sparsity=0.5, samples=1, length=16)
         prufed_cli.prune(tiny, registry=registry, device="cpu")  # imports all there is to import
-        return_freed_memory()
         before = reset_peak()
         wanted = prufed_cli.PruneRequest(
             base=base.ref,
