@@ -289,7 +289,7 @@ def _mean_in_pieces(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the mean of one tensor, in the dtype of ``current``, and where it is covered."""
     old = current.contiguous().reshape(-1)
-    new = torch.empty_like(old)
+    new = torch.from_numpy(scratch([old.nbytes], np.uint8)).view(old.dtype)
     coverage: list[Tensor | None] = []
     share = mean.include_global
     present = share.masks.get(key) if share else None
