@@ -103,6 +103,7 @@ def demo_config(device: str = "auto", limit: int | None = None) -> FederationCon
                 "epochs": 2,
                 "batch_size": 16,
                 "micro_batch_size": 16,
+                "cutoff": 128,
                 "train_on": "response",
             },
             "aggregator": {"name": "heteagg"},
