@@ -212,26 +212,26 @@ def _groups(decoder: StreamedDecoder, batch: Tensor) -> list[list[str]]:
     """Return which matrices of block 0 receive the same input."""
     import torch
 
-    inputs: dict[str, int] = {}
+    inputs: dict[str, Tensor] = {}  # held, or a later one could take the identity of one before
     ((hidden, arguments),) = decoder.embed([batch])
     linears = decoder.linears(0)
 
     def look(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            inputs.setdefault(name, id(args[0]))
+            inputs.setdefault(name, args[0])
 
         return hook
 
     handles = [module.register_forward_pre_hook(look(name)) for name, module in linears.items()]
     try:
         with torch.no_grad():
-            kept = decoder.run_block(0, hidden, arguments)  # noqa: F841 (keeps the inputs' identity)
+            decoder.run_block(0, hidden, arguments)
     finally:
         for handle in handles:
             handle.remove()
     groups: dict[object, list[str]] = {}
     for name in linears:
-        groups.setdefault(inputs.get(name, name), []).append(name)
+        groups.setdefault(id(inputs[name]) if name in inputs else name, []).append(name)
     return list(groups.values())
 
 
