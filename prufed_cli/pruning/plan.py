@@ -122,7 +122,7 @@ def make_plan(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, begin: int
     groups: list[list[str]] = []
     batch = largest * 4 * (_COPIES + len(job.made) - 1)
     if batches:
-        groups = _groups(decoder, batches[0][:1])
+        groups = input_groups(decoder, batches[0][:1])
         batch = max(batch, batches[0].numel() * _token_bytes(job, skeleton, decoder))
     columns = [shapes[0][group[0]][1] for group in groups]
     one = statistic_bytes(job)
@@ -208,8 +208,8 @@ def warn_of_few_tokens(job: Job, decoder: StreamedDecoder) -> None:
         )
 
 
-def _groups(decoder: StreamedDecoder, batch: Tensor) -> list[list[str]]:
-    """Return which matrices of block 0 receive the same input."""
+def input_groups(decoder: StreamedDecoder, batch: Tensor) -> list[list[str]]:
+    """Return which matrices of block 0 receive the same input, for token ids (B, T)."""
     import torch
 
     inputs: dict[str, Tensor] = {}  # held, or a later one could take the identity of one before

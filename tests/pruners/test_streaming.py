@@ -44,6 +44,7 @@ from prufed_cli.pruning import (
     prune_several,
 )
 from prufed_cli.pruning.job import Options
+from prufed_cli.pruning.plan import input_groups
 from prufed_cli.pruning.scores import streamed_perplexity
 from prufed_plugins.api import PruneTarget
 from prufed_plugins.discover import build
@@ -213,6 +214,17 @@ def test_one_block_is_in_memory_at_a_time(llama: Any, saved: Save, ids: Tensor) 
         assert {name.split(".")[2] for name in loaded_parameters(decoder)} == {str(index)}
     decoder.release()
     assert not loaded_parameters(decoder)
+
+
+def test_a_plan_knows_which_matrices_share_an_input(llama: Any, saved: Save, ids: Tensor) -> None:
+    """Every time: freed inputs must not lend their identity to later ones."""
+    decoder = streamed(saved(llama))
+    for _ in range(10):
+        groups = input_groups(decoder, ids[:1])
+        leaves = [{name.rsplit(".", 1)[1] for name in group} for group in groups]
+        assert {"q_proj", "k_proj", "v_proj"} in leaves
+        assert {"gate_proj", "up_proj"} in leaves
+        assert len(leaves) == 4
 
 
 def loaded_parameters(decoder: StreamedDecoder) -> list[str]:
