@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,17 +140,23 @@ def _unfinished_removals(layout: Layout) -> Iterator[tuple[Path, str]]:
 
 def _unused_blobs(layout: Layout, dying: Counter[int]) -> Iterator[Garbage]:
     for blob in sorted(layout.blobs.glob("*/*")):
-        status = blob.lstat()
-        if status.st_nlink - dying[status.st_ino] == 1:
-            yield Garbage(_relative(layout, blob), "unused blob", status.st_size)
+        with suppress(FileNotFoundError):  # another gc took it meanwhile
+            status = blob.lstat()
+            if status.st_nlink - dying[status.st_ino] == 1:
+                yield Garbage(_relative(layout, blob), "unused blob", status.st_size)
 
 
 def _stray_files(layout: Layout) -> Iterator[Garbage]:
     places = [layout.root, layout.records.parent, *layout.evaluations.glob("*")]
     places += [layout.aliases(name) for name in versions.all_names(layout)]
-    for place in places:
-        for path in sorted(place.glob(f"{TEMPORARY_PREFIX}*")):
-            yield Garbage(_relative(layout, path), "stray file", path.lstat().st_size)
+    found = [path for place in places for path in sorted(place.glob(f"{TEMPORARY_PREFIX}*"))]
+    if not found:
+        return
+    # Whoever writes such a file holds the lock until it has its name: what stays is a dead one's.
+    with layout.changing():
+        stray = [(path, path.lstat().st_size) for path in found if path.exists()]
+    for path, size in stray:
+        yield Garbage(_relative(layout, path), "stray file", size)
 
 
 def _empty_names(layout: Layout) -> Iterator[Garbage]:

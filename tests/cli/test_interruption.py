@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from prufed_registry import Registry
 
@@ -33,6 +34,11 @@ def wait_for(process: Process, happened: Callable[[], bool], patience: float = 9
 def interrupted(process: Process, number: int = signal.SIGINT) -> str:
     """Send the signal and return what the process wrote on stderr."""
     process.send_signal(number)
+    return assert_interrupted(process, number)
+
+
+def assert_interrupted(process: Process, number: int = signal.SIGINT) -> str:
+    """Wait until the process has ended by the signal; return what it wrote on stderr."""
     out, err = process.communicate(timeout=60)
     assert out == ""
     assert "Traceback" not in err
@@ -119,9 +125,12 @@ def test_prune_interrupted_while_it_publishes(
 ) -> None:
     prufed("import", large_base)
     arguments = ("prune", "--base", "large", "--method", "magnitude", "--sparsity", "0.5", "-q")
-    child = fork(*arguments)
-    wait_for(child, lambda: any((prufed_home / "registry" / "tmp").glob("*/notes-9.txt")))
-    interrupted(child)
+    # While another writer commits, this one can copy but not finish before the signal comes.
+    with FileLock(prufed_home / "registry" / "prufed-registry.lock"):
+        child = fork(*arguments)
+        wait_for(child, lambda: any((prufed_home / "registry" / "tmp").glob("*/notes-9.txt")))
+        child.send_signal(signal.SIGINT)
+    assert_interrupted(child)
     assert [artifact.ref for artifact in registry.list()] == ["large@v1", "tiny@v1"]
     sound(registry)
     assert prufed(*arguments).out == "large-magnitude-50@v1\n"
