@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -16,10 +13,6 @@ _UNITS: Final = {"": 1} | {
     for power, letter in enumerate("kmgt", start=1)
     for unit, base in (("", 1000), ("b", 1000), ("ib", 1024))
 }
-_M_TRIM_THRESHOLD: Final = -1  # malloc.h
-_M_MMAP_THRESHOLD: Final = -3
-_LARGE: Final = 2**20
-_LARGEST: Final = 2**25
 _RESERVE: Final = 0.1
 """Share of the available memory that is left to others."""
 
@@ -63,28 +56,3 @@ def _group_bytes(name: str) -> int | None:
     except OSError:
         return None
     return int(text) if text.isdecimal() else None
-
-
-@contextmanager
-def mapped_pieces() -> Iterator[None]:
-    """Let the C library give large pieces back to the system as soon as they are freed, meanwhile.
-
-    glibc moves the bound of what it maps separately up to 32 MB as it sees such pieces freed. The
-    matrices of a block then come from a heap that small tensors keep in use at its end, and the
-    process grows to several times what it holds. Afterwards the bound is where glibc's own ends
-    up: to clear every activation's pages anew would slow training down.
-    """
-    _bound_of_mapped(_LARGE)
-    try:
-        yield
-    finally:
-        _bound_of_mapped(_LARGEST)
-
-
-def _bound_of_mapped(size: int) -> None:
-    import ctypes
-
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is not None:
-        mallopt(_M_TRIM_THRESHOLD, 2 * size)
-        mallopt(_M_MMAP_THRESHOLD, size)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from prufed_cli import interrupts
 from prufed_cli.errors import Interrupted
@@ -18,13 +18,13 @@ from prufed_cli.models.skeleton import Skeleton, open_skeleton
 from prufed_cli.models.streaming import StreamedDecoder
 from prufed_cli.pruning.blocks import BlockStore
 from prufed_cli.pruning.job import Job
-from prufed_cli.pruning.memory import mapped_pieces
 from prufed_cli.pruning.plan import Plan, in_batches, make_plan, warn_of_few_tokens
 from prufed_cli.pruning.publish import Outcome, masked_outcome, publish, sliced_outcome
 from prufed_cli.pruning.scores import check_tokens, perplexity_report
 from prufed_cli.pruning.work import Work, take_work
 from prufed_plugins.api import KeptLayers, PrunedMatrix, PruneTarget
 from prufed_plugins.errors import MethodError
+from prufed_plugins.memory import give_back, mapped_above
 from prufed_registry.durable import storage_errors
 
 if TYPE_CHECKING:
@@ -34,8 +34,12 @@ if TYPE_CHECKING:
     from prufed_plugins.api import NestedPruner, NestedSurveyingPruner, Progress, SurveyingPruner
     from prufed_registry import Artifact
 
+_MAPPED: Final = 2**20
+"""Bytes from which on pieces of memory are mapped by themselves: a block's matrices among them. In
+glibc's heap small tensors would hold the place of matrices that are gone."""
 
-@mapped_pieces()  # before the plan too, which measures how fast memory comes
+
+@mapped_above(_MAPPED)  # the plan too, which measures how fast memory comes
 def run_pass(job: Job, wanted: Sequence[int]) -> list[Artifact]:
     """Prune, and publish those sub-models of the pass that are wanted.
 
@@ -62,7 +66,7 @@ def run_pass(job: Job, wanted: Sequence[int]) -> list[Artifact]:
     return artifacts
 
 
-@mapped_pieces()
+@mapped_above(_MAPPED)
 def plan_pass(job: Job) -> Plan:
     """Return what a pass would take.
 
@@ -113,6 +117,8 @@ def _prune(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, work: Work) -
             if store.finished < total:
                 for results in _results(job, decoder, work, progress):
                     store.take(results)
+                    del results  # with its mask, before the next matrix comes
+                    give_back()
             store.close()
         finally:
             store.discard()

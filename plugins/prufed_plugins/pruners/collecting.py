@@ -15,6 +15,7 @@ import torch
 
 from prufed_plugins.entries import is_finite
 from prufed_plugins.errors import MethodError
+from prufed_plugins.memory import give_back, mapped_above
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,6 +24,14 @@ if TYPE_CHECKING:
 
 States = list[tuple["Tensor", dict[str, Any]]]
 """The hidden states (B, T, H) of every batch, and the arguments of the blocks."""
+
+_POOLED: Final = 2**23
+"""Bytes from which on what a forward pass takes is mapped by itself. What is smaller, each batch
+asks for anew, and its pages would take a tenth of the time to come."""
+
+_KEPT: Final = 8
+"""Batches that use the same freed memory again; among hidden states that stay, more is kept of it
+with every batch, until it is given back."""
 
 _EXPERT: Final = re.compile(r"\.experts\.\d+(\.|$)")
 
@@ -65,10 +74,13 @@ def embed(decoder: Decoder, calibration: Sequence[Tensor] | None) -> States:
 
 
 @torch.no_grad()
+@mapped_above(_POOLED)
 def advance(decoder: Decoder, index: int, states: States) -> None:
     """Replace the inputs of a block by its outputs, batch by batch."""
     for position, (hidden, arguments) in enumerate(states):
         _put(decoder, index, states, position, decoder.run_block(index, hidden, arguments))
+        if position % _KEPT == 0:
+            give_back()
 
 
 @torch.no_grad()
@@ -103,13 +115,16 @@ def observe(
         if advancing:
             advance(decoder, index, states)
         return {}
-    with InputCollector(linears, new_statistic, stops=not advancing) as collector:
+    collecting = InputCollector(linears, new_statistic, stops=not advancing)
+    with mapped_above(_POOLED), collecting as collector:
         for position, (hidden, arguments) in enumerate(states):
             with suppress(_AllSeenError):
                 output = decoder.run_block(index, hidden, arguments)
             collector.end_batch()
             if advancing:
                 _put(decoder, index, states, position, output)
+            if position % _KEPT == 0:
+                give_back()
     observed = collector.observed()
     for name in linears:
         _check_observed(name, index, observed.get(name))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TILE: Final = 256
-"""Rows that are turned and rounded at once: what lies between stays small, and in the cache."""
+"""Columns that are turned and rounded at once: what lies between stays small, and in the cache."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,9 @@ def apply(
     matrix = _turned(module, weight)
     kept = ~choice.pruned.contiguous()
     if choice.weight is not None:
-        for start in range(0, matrix.shape[0], TILE):
+        for start in range(0, matrix.shape[1], TILE):
             part = slice(start, start + TILE)
-            matrix[part] = choice.weight[part].contiguous().to(dtype)
+            matrix[:, part] = choice.weight[:, part].contiguous().to(dtype)
     clear(matrix, kept)
     if not is_finite(matrix):
         raise MethodError(

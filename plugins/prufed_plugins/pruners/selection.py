@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
 import torch
 
 from prufed_plugins.entries import count as count_true
@@ -96,30 +97,47 @@ def smallest(scores: Tensor, count: int) -> Tensor:
     return chosen
 
 
-def smallest_transposed(scores: Tensor, count: int) -> Tensor:
-    """Mark the ``count`` smallest of all scores (columns, rows), ties by row, then column."""
+def smallest_transposed(scores: Tensor, count: int, out: Tensor | None = None) -> Tensor:
+    """Mark the ``count`` smallest of all scores (columns, rows), ties by row, then column.
+
+    Args:
+        scores: (columns, rows), finite.
+        count: how many to mark.
+        out: (columns, rows), what to mark them in by 1 and 0 rather than in a new bool tensor; to
+            compare into floats is several times as fast as into bools.
+    """
+    out = torch.empty_like(scores, dtype=torch.bool) if out is None else out
     if count == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    chosen = scores <= _kth_smallest(scores.reshape(1, -1), count)
-    if count_true(chosen) == count:
-        return chosen
+        return out.zero_()
+    torch.le(scores, _kth_of_all(scores, count, out), out=out)
+    if _marked(out) == count:
+        return out
     columns, rows = scores.shape
-    return smallest(scores.t().reshape(1, -1), count).reshape(rows, columns).t()
+    return out.copy_(smallest(scores.t().reshape(1, -1), count).reshape(rows, columns).t())
 
 
-def at_most_threshold(scores: Tensor, sparsity: float) -> Tensor:
+def at_most_threshold(scores: Tensor, sparsity: float, out: Tensor | None = None) -> Tensor:
     """Mark every score that is at most ``sorted[int(n·s)]``, as the published scripts do.
 
     Args:
         scores: any shape, n entries, finite.
         sparsity: in [0, 1].
+        out: of the same shape, what to mark them in; see :func:`smallest_transposed`.
 
     Returns:
-        Bool, the shape of ``scores``, with at least int(n·s) + 1 True, or all of them.
+        Bool, the shape of ``scores``, or ``out``: at least int(n·s) + 1 are marked, or all of them.
     """
+    out = torch.empty_like(scores, dtype=torch.bool) if out is None else out
     entries = scores.numel()
     rank = min(int(entries * sparsity) + 1, entries)
-    return scores <= _kth_smallest(scores.reshape(1, -1), rank).squeeze()
+    return torch.le(scores, _kth_of_all(scores, rank, out), out=out)
+
+
+def _marked(out: Tensor) -> int:
+    """Return how many entries are marked in (rows, n) bools, or in floats by 1 and 0."""
+    if out.dtype == torch.bool:
+        return count_true(out)
+    return int(out.sum(dim=-1).sum(dtype=torch.float64))  # exact, and fifty times count_nonzero
 
 
 def _kth_smallest(scores: Tensor, count: int) -> Tensor:
@@ -127,10 +145,17 @@ def _kth_smallest(scores: Tensor, count: int) -> Tensor:
     if scores.device.type != "cpu":
         return scores.kthvalue(count, dim=-1, keepdim=True).values
     # numpy selects with vector instructions, several times faster than torch on the CPU.
-    import numpy as np
-
     ordered = np.partition(scores.numpy(), count - 1, axis=-1)
     return torch.from_numpy(ordered[..., count - 1 : count].copy())  # lets the others go
+
+
+def _kth_of_all(scores: Tensor, count: int, spare: Tensor) -> Tensor:
+    """Return the ``count``-th smallest of all scores, a scalar; ``spare`` may be overwritten."""
+    if scores.device.type != "cpu" or spare.dtype != scores.dtype:
+        return _kth_smallest(scores.reshape(1, -1), count).squeeze()
+    ordered = spare.copy_(scores).view(-1)  # fresh pages would take as long as the selection
+    ordered.numpy().partition(count - 1)
+    return ordered[count - 1].clone()
 
 
 def _drop_late_ties(chosen: Tensor, scores: Tensor, threshold: Tensor, count: int) -> None:
@@ -158,8 +183,6 @@ def _true_in_rows(mask: Tensor) -> Tensor:
     """Return how many entries of each row are True, (rows,)."""
     if mask.device.type != "cpu":
         return mask.sum(dim=-1)
-    import numpy as np
-
     return torch.from_numpy(np.count_nonzero(mask.numpy(), axis=-1))  # torch widens all of it first
 
 
@@ -185,7 +208,7 @@ def smallest_of_groups(scores: Tensor, pattern: tuple[int, int]) -> Tensor:
     return chosen
 
 
-def smallest_members(members: Tensor, count: int) -> Tensor:
+def smallest_members(members: Tensor, count: int, out: Tensor | None = None) -> Tensor:
     """Mark the ``count`` smallest members of each group.
 
     In the small groups of hardware patterns the threshold comes from comparing whole members, which
@@ -194,28 +217,32 @@ def smallest_members(members: Tensor, count: int) -> Tensor:
     Args:
         members: (m, groups), finite.
         count: how many to mark of each group.
+        out: (m, groups), what to mark them in; see :func:`smallest_transposed`.
 
     Returns:
-        Bool (m, groups); the lower index wins a tie.
+        Bool (m, groups), or ``out``; the lower index wins a tie.
     """
     size = members.shape[0]
+    out = torch.empty_like(members, dtype=torch.bool) if out is None else out
     if size > COMPARED:
-        return smallest(members.t().contiguous(), count).t()
+        return out.copy_(smallest(members.t().contiguous(), count).t())
     if members.device.type == "cpu":  # elsewhere, asking for ties would wait for the device
-        chosen = members <= _kth_member(members, count)
-        if count_true(chosen) == count * members.shape[1]:
-            return chosen
-    return _ranks(members) < count
+        torch.le(members, _kth_member(members, count), out=out)
+        if _marked(out) == count * members.shape[1]:
+            return out
+    return out.copy_(_ranks(members) < count)
 
 
 def _kth_member(members: Tensor, count: int) -> Tensor:
     """Return the ``count``-th smallest member of each group, (groups,), by insertion."""
     lowest: list[Tensor] = []
-    for member in members.unbind():
-        rest = member
+    for rest in members.unbind():
+        full = len(lowest) == count
         for place, held in enumerate(lowest):
-            lowest[place], rest = torch.minimum(held, rest), torch.maximum(held, rest)
-        if len(lowest) < count:
+            lowest[place] = torch.minimum(held, rest)
+            if not full or place + 1 < count:  # what falls out at the end is nobody's
+                rest = torch.maximum(held, rest)
+        if not full:
             lowest.append(rest)
     return lowest[-1]
 

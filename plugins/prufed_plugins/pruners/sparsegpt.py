@@ -16,10 +16,10 @@ rewritten after every one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
@@ -62,7 +62,7 @@ class SparseGPT(ElementPruner[InputHessian]):
             forced: Tensor | None,
         ) -> Choice:
             assert observed is not None
-            return choose(
+            choice = choose(
                 weight,
                 observed.factor,
                 target,
@@ -70,6 +70,9 @@ class SparseGPT(ElementPruner[InputHessian]):
                 threshold=params.threshold,
                 forced=forced,
             )
+            if not choice.squared_error:
+                return choice
+            return replace(choice, energy=observed.factor.energy(weight))
 
         super().__init__(
             params,
@@ -152,7 +155,7 @@ def choose(
     if not count(pruned):
         return Choice(pruned.t(), squared_error=0.0, report=report)
     squared_error = max(float(costs[~factor.dead].sum()) / 2, 0.0)
-    return Choice(pruned.t(), values.t(), squared_error, factor.energy(weight), report)
+    return Choice(pruned.t(), values.t(), squared_error, report=report)
 
 
 def _sweep(values: Tensor, factor: Factor, rule: _Rule, width: int) -> tuple[Tensor, Tensor]:
@@ -168,22 +171,30 @@ def _sweep(values: Tensor, factor: Factor, rule: _Rule, width: int) -> tuple[Ten
         The pruned entries (columns, rows), and each column's share of tr(D·H·Dᵀ), (columns,).
     """
     upper = factor.upper
+    columns, rows = values.shape
     pruned = torch.empty_like(values, dtype=torch.bool)
     # D of the finished columns; of the others, what the finished ones push onto them: Rᵀ·D
     change = torch.empty_like(values)
     costs = torch.zeros_like(upper[0])
-    for panel in _forwards(0, values.shape[0], max(PANEL // width, 1) * width):
+    pattern = rule.target.pattern
+    block = _Block.make(min(width, columns), rows, pattern, values.device)
+    for panel in _forwards(0, columns, max(PANEL // width, 1) * width):
         torch.mm(upper[: panel.start, panel].t(), change[: panel.start], out=change[panel])
         for part in _forwards(panel.start, panel.stop, width):
             pushed, done = change[part], slice(panel.start, part.start)
             pushed.addmm_(upper[done, part].t(), change[done])
             inverse = inverse_of_upper(upper[part, part])  # U_BB
-            current = torch.addmm(values[part], inverse.t(), pushed)
+            if part.stop - part.start < block.width:
+                block = _Block.make(
+                    part.stop - part.start, rows, rule.target.pattern, values.device
+                )
+            torch.addmm(values[part], inverse.t(), pushed, out=block.current)
             with _one_thread():
-                errors, pruned[part] = _prune_block(current, inverse, rule.of(part))
-            torch.sub(values[part], current, out=pushed)
-            values[part] = current
-            costs[part] = _squares(errors)
+                _prune_block(block, inverse, rule.of(part), pruned[part])
+            diagonal = inverse.diagonal()
+            costs[part] = _squares(block.removed) / diagonal.square()
+            torch.sub(values[part], block.current, out=pushed)
+            values[part] = block.current
     return pruned, costs - factor.added * _squares(change)
 
 
@@ -198,43 +209,144 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _prune_block(current: Tensor, inverse: Tensor, rule: _Rule) -> tuple[Tensor, Tensor]:
+class _Column(NamedTuple):
+    """Views of what one column's turn takes."""
+
+    current: Tensor  # (rows,)
+    gone: Tensor  # (rows,)
+    removed: Tensor  # (rows,)
+    earlier: Tensor | None  # (rows, k), what was removed of the columns of its group before it
+    pushes: Tensor  # (k,), what they push onto it
+
+
+class _Group(NamedTuple):
+    """Columns that are selected together, or whose turns come without products between them."""
+
+    part: slice
+    current: Tensor  # (m, rows)
+    gone: Tensor  # (m, rows)
+    removed: Tensor  # (m, rows)
+    earlier: Tensor | None  # (k, rows), what was removed of the columns of its span before it
+    pushes: Tensor  # (m, k), what they push onto it
+    columns: Sequence[_Column]
+
+
+class _Span(NamedTuple):
+    """Groups that take the errors of all columns before them by one product."""
+
+    current: Tensor  # (s, rows)
+    earlier: Tensor | None  # (k, rows), what was removed of the columns of the block before it
+    pushes: Tensor  # (s, k), what they push onto it
+    groups: Sequence[_Group]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One block of columns at a time, in memory that the next one overwrites.
+
+    The views that a column's turn takes are cut once: cutting them takes as long as the turn.
+
+    Attributes:
+        width: columns of a block.
+        current: (width, rows), the columns with every earlier error pushed onto them.
+        gone: (width, rows), 1 where an entry goes, else 0.
+        removed: (width, rows), the values that go, w − w'.
+        pushes: (width, width), −U_ij/U_ii at [j, i]: what column i pushes onto a later column j.
+        spans: the order of work.
+    """
+
+    width: int
+    current: Tensor
+    gone: Tensor
+    removed: Tensor
+    pushes: Tensor
+    spans: Sequence[_Span]
+
+    @classmethod
+    def make(
+        cls, width: int, rows: int, pattern: tuple[int, int] | None, device: torch.device
+    ) -> _Block:
+        """Take the memory for blocks of this shape."""
+        current, gone, removed = (torch.empty(width, rows, device=device) for _ in range(3))
+        pushes = torch.empty(width, width, device=device)
+
+        def group(part: slice, span: slice) -> _Group:
+            before = slice(span.start, part.start)
+            turns = [
+                _Column(
+                    current[index],
+                    gone[index],
+                    removed[index],
+                    removed[part.start : index].t() if index > part.start else None,
+                    pushes[index, part.start : index],
+                )
+                for index in range(part.start, part.stop)
+            ]
+            return _Group(
+                part,
+                current[part],
+                gone[part],
+                removed[part],
+                removed[before] if before.stop > before.start else None,
+                pushes[part, before],
+                turns,
+            )
+
+        size = GATHERED if pattern is None else pattern[1]
+        spans = [
+            _Span(
+                current[span],
+                removed[: span.start] if span.start else None,
+                pushes[span, : span.start],
+                [group(part, span) for part in _forwards(span.start, span.stop, size)],
+            )
+            for span in _forwards(0, width, max(GATHERED // size, 1) * size)
+        ]
+        return cls(width, current, gone, removed, pushes, spans)
+
+
+def _prune_block(block: _Block, inverse: Tensor, rule: _Rule, pruned: Tensor) -> None:
     """Prune one block of columns in place.
 
     Args:
-        current: (block, rows), the columns with every earlier block's error pushed onto them;
-            overwritten with the pruned columns.
-        inverse: U_BB, (block, block).
+        block: with its current columns; what was removed of them is filled in.
+        inverse: U_BB, (width, width).
         rule: what to select.
-
-    Returns:
-        The errors (w − w')/U_jj and the pruned entries, both (block, rows).
+        pruned: bool (width, rows), filled in.
     """
     diagonal = inverse.diagonal()[:, None]
-    errors = torch.empty_like(current)
+    squares = diagonal.square()
+    torch.div(inverse, -diagonal, out=block.pushes.t())
     pattern = rule.target.pattern
     if pattern is None:
-        group = GATHERED
-        pruned = _select(_scores(current, diagonal, rule), rule)
-    else:
-        group = pattern[1]
-        pruned = torch.empty_like(current, dtype=torch.bool)
-    span = max(GATHERED // group, 1) * group
-    for first in range(0, current.shape[0], span):
-        _gather(current, errors, inverse, range(first), slice(first, first + span))
-        for start in range(first, min(first + span, current.shape[0]), group):
-            part = slice(start, start + group)
-            _gather(current, errors, inverse, range(first, start), part)
+        # what will be removed is not known yet: its place takes the scores
+        scores = _scores(block.current, squares, rule, out=block.removed)
+        _select(scores, rule, out=block.gone)
+    for span in block.spans:
+        _gather(span)
+        for group in span.groups:
+            _gather(group)
             if pattern is not None:
-                scores = _scores(current[part], diagonal[part], rule.of(part))
-                pruned[part] = smallest_members(scores, min(pattern[0], scores.shape[0]))
-            _prune_columns(current[part], inverse[part, part], pruned[part], errors[part])
-    return errors, pruned
+                part = group.part
+                scores = _scores(group.current, squares[part], rule.of(part), out=group.removed)
+                smallest_members(scores, min(pattern[0], len(scores)), out=group.gone)
+            for column in group.columns:
+                if column.earlier is not None:
+                    column.current.addmv_(column.earlier, column.pushes)
+                torch.mul(column.current, column.gone, out=column.removed)
+    pruned.view(torch.uint8).copy_(block.gone)  # several times as fast as converting into bool
+    block.current.sub_(block.removed)
 
 
-def _scores(current: Tensor, diagonal: Tensor, rule: _Rule) -> Tensor:
-    """Return what removing each entry costs, (columns, rows); the least goes first."""
-    scores = current.square().div_(diagonal.square())
+def _gather(later: _Span | _Group) -> None:
+    """Push the errors of finished columns onto some later ones, in place."""
+    if later.earlier is not None:
+        later.current.addmm_(later.pushes, later.earlier)
+
+
+def _scores(current: Tensor, squares: Tensor, rule: _Rule, out: Tensor) -> Tensor:
+    """Return what removing each entry costs, w²/U_jj², (columns, rows); the least goes first."""
+    scores = torch.mul(current, current, out=out).div_(squares)
     if rule.free is not None:
         scores.masked_fill_(rule.free, 0.0)
     if rule.forced is not None:
@@ -242,38 +354,19 @@ def _scores(current: Tensor, diagonal: Tensor, rule: _Rule) -> Tensor:
     return scores
 
 
-def _select(scores: Tensor, rule: _Rule) -> Tensor:
-    """Mark what goes of a block of scores (block, rows)."""
+def _select(scores: Tensor, rule: _Rule, out: Tensor) -> None:
+    """Mark in ``out``, by 1 and 0, what goes of a block of scores (block, rows)."""
     sparsity = rule.target.sparsity or 0.0
     if rule.threshold == "reference":
-        return at_most_threshold(scores, sparsity)
-    return smallest_transposed(scores, pruned_count(sparsity, scores.numel()))
+        at_most_threshold(scores, sparsity, out)
+    else:
+        smallest_transposed(scores, pruned_count(sparsity, scores.numel()), out)
 
 
 def _squares(rows: Tensor) -> Tensor:
     """Return the sum of squares of each row."""
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
     return norms.square()
-
-
-def _gather(current: Tensor, errors: Tensor, inverse: Tensor, done: range, part: slice) -> None:
-    """Push the errors of finished columns onto some later ones, in place."""
-    if done:
-        finished = slice(done.start, done.stop)
-        current[part].addmm_(inverse[finished, part].t(), errors[finished], alpha=-1)
-
-
-def _prune_columns(current: Tensor, inverse: Tensor, pruned: Tensor, errors: Tensor) -> None:
-    """Prune a few columns one by one, in place, filling in their errors."""
-    flags = pruned.view(torch.uint8)  # converted several times as fast as bool
-    columns, gone, targets = current.unbind(), flags.to(current.dtype).unbind(), errors.unbind()
-    diagonal = inverse.diagonal().tolist()
-    for index, (column, goes, error) in enumerate(zip(columns, gone, targets, strict=True)):
-        if index:
-            column.addmv_(errors[:index].t(), inverse[:index, index], alpha=-1)
-        torch.mul(column, goes, out=error)
-        column -= error
-        error /= diagonal[index]
 
 
 def _forwards(start: int, stop: int, width: int) -> Iterator[slice]:
