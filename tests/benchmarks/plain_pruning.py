@@ -4,10 +4,10 @@ The model is loaded whole. Block after block, every matrix gets a Hessian of its
 by sequence in a loop; each is then pruned by :func:`plain_sparsegpt.plain_sparsegpt`, and the block
 is run once more for the next one (Frantar & Alistarh, https://arxiv.org/abs/2301.00774, §4).
 
-    python plain_pruning.py MODEL TOKENS OUT SPARSITY
+    python plain_pruning.py MODEL TOKENS OUT SPARSITY DTYPE
 
 prunes the Llama in directory MODEL, calibrated with the token ids (sequences, length) of the
-safetensors file TOKENS, and saves it into OUT.
+safetensors file TOKENS, and saves it into OUT. The blocks are run in DTYPE.
 """
 
 from __future__ import annotations
@@ -98,15 +98,16 @@ def peak_memory() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
-def main(model_directory: str, tokens: str, out: str, sparsity: float) -> None:
+def main(model_directory: str, tokens: str, out: str, sparsity: float, dtype: str) -> None:
     """Load, prune, save."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=getattr(torch, dtype))
+    model.eval()
     prune(model, load_file(tokens)["tokens"].long(), sparsity)
     model.to(torch.bfloat16).save_pretrained(out)
     print(peak_memory())
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3], float(sys.argv[4]))
+    main(sys.argv[1], sys.argv[2], sys.argv[3], float(sys.argv[4]), sys.argv[5])

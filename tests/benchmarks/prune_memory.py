@@ -1,6 +1,6 @@
 """Peak memory of a prune, in a process of its own, over what imports leave resident. Linux only.
 
-python prune_memory.py make DIR                     write a random Llama of 110 M parameters
+python prune_memory.py make DIR                     write a random Llama of 270 M parameters
 python prune_memory.py prune DIR METHOD [MEMORY]    prune it and print the figures as JSON
 """
 
@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-HIDDEN, INNER, LAYERS, VOCABULARY = 1024, 2816, 6, 16384
+HIDDEN, INNER, LAYERS, VOCABULARY = 2048, 5632, 4, 16384
 SEQUENCES, LENGTH = 64, 128
 BLOCK = 4 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER)
 ACTIVATIONS = 4 * SEQUENCES * LENGTH * HIDDEN

@@ -1,9 +1,10 @@
 """A whole SparseGPT prune of a random Llama of 100 M parameters, against the published procedure.
 
-Both load, calibrate, prune and save in a process of their own, on the same token ids. Printed are
-their wall and CPU seconds and peak memory; only the agreement of the first block's masks is
-asserted. In later blocks of a random model the two drift apart: a rounding here is another mask
-there.
+Both load, calibrate, prune and save in a process of their own, on the same token ids, and run the
+blocks in the same dtype: the model's own, bfloat16, as the published scripts do, and float32, our
+default on a CPU. Printed are their wall and CPU seconds and peak memory; only the agreement of the
+first block's masks is asserted. In later blocks of a random model the two drift apart: a rounding
+here is another mask there.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ OURS = """
 import sys
 from prufed_cli.pruning import PruneRequest, prune
 
-base, calibration, samples, length, sparsity = sys.argv[1:]
+base, calibration, samples, length, sparsity, dtype = sys.argv[1:]
 result = prune(
     PruneRequest(
         base=base, sparsity=float(sparsity), calibration=calibration, samples=int(samples),
         length=int(length), settings={"threshold": "reference"},
     ),
     device="cpu",
+    dtype=dtype,
 )
 print(result.artifact.path)
 from plain_pruning import peak_memory
@@ -109,23 +111,27 @@ def masks(directory: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_whole_prune_against_the_published_procedure(threads: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_whole_prune_against_the_published_procedure(
+    dtype: str, threads: int, tmp_path: Path
+) -> None:
     base, plain_out = tmp_path / "base", tmp_path / "plain"
     make_model(base)
     tokens = torch.randint(0, 8192, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(1))
     text = make_text(tmp_path, tokens)
     bare = run("-c", BARE, threads=threads, home=tmp_path)
     # One sequence more than there are: they are then cut from the beginning, side by side.
-    numbers = (str(SEQUENCES + 1), str(LENGTH), str(SPARSITY))
+    numbers = (str(SEQUENCES + 1), str(LENGTH), str(SPARSITY), dtype)
     ours = run("-c", OURS, str(base), str(text), *numbers, threads=threads, home=tmp_path)
     plain = run(
         "plain_pruning.py", str(base), str(tmp_path / "tokens.safetensors"), str(plain_out),
-        str(SPARSITY), threads=threads, home=tmp_path,
+        str(SPARSITY), dtype, threads=threads, home=tmp_path,
     )  # fmt: skip
     mine, theirs = masks(Path(ours.output)), masks(plain_out)
     first = [name for name in mine if ".layers.0." in name]
     same = sum(int((mine[name] == theirs[name]).sum()) for name in first)
     found = {
+        "dtype": dtype,
         "threads": threads,
         "wall": [round(ours.wall, 1), round(plain.wall, 1)],
         "cpu": [round(ours.cpu, 1), round(plain.cpu, 1)],
@@ -135,4 +141,4 @@ def test_a_whole_prune_against_the_published_procedure(threads: int, tmp_path: P
         "agreement in the first block": same / sum(mine[name].numel() for name in first),
     }
     print(json.dumps(found))
-    assert found["agreement in the first block"] > 0.999
+    assert found["agreement in the first block"] > (0.999 if dtype == "float32" else 0.98)

@@ -1,4 +1,4 @@
-"""A model of 110 M parameters is pruned in little more memory than one of its blocks takes.
+"""A model of 270 M parameters is pruned in little more memory than one of its blocks takes.
 
 Beside the block there are the activations, the Hessians, and copies of the matrix at hand or a
 batch on its way through the block; in these shapes a matrix is a fifth of a block.
@@ -43,4 +43,4 @@ def test_peak_memory(llama: Path, method: str) -> None:
     used = figures["peak"] - figures["before"]
     blocks = (used - rest) / figures["block"]
     print(f"\n{method}: {used / 1e6:.0f} MB, {blocks:.2f} blocks beside {' and '.join(parts)}")
-    assert blocks <= 2.5
+    assert blocks <= 2.0

@@ -370,7 +370,7 @@ def _merged(tensors: dict[str, Tensor], covered: dict[str, Tensor | None]) -> Me
 
 def as_float(tensor: Tensor) -> Tensor:
     """Return the tensor as float64 if it is float64, else as float32: both lose nothing."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    return tensor if tensor.dtype in _BITS else tensor.float()
 
 
 def _bytes(mask: Tensor) -> np.ndarray[Any, Any]:
