@@ -17,6 +17,7 @@ from prufed_plugins.pruners.selection import (
     check_pattern,
     pruned_count,
     smallest,
+    smallest_members,
     smallest_of_groups,
     smallest_transposed,
 )
@@ -62,6 +63,9 @@ def test_ties_of_a_transposed_block_go_by_row_then_column(
     chosen = smallest_transposed(scores, count)
     expected = first_by_stable_sort(scores.t().reshape(1, -1), count)
     assert torch.equal(chosen.t().reshape(1, -1), expected)
+    marked = torch.full_like(scores, 7.0)
+    assert smallest_transposed(scores, count, out=marked) is marked
+    assert torch.equal(marked, chosen.float())
 
 
 @settings(max_examples=80, deadline=None)
@@ -71,7 +75,11 @@ def test_every_group_loses_exactly_n_the_lower_index_first(m: int, data: st.Data
     scores = data.draw(matrices())
     chosen = smallest_of_groups(scores, (n, m))
     for group, gone in zip(scores.split(m, dim=1), chosen.split(m, dim=1), strict=True):
-        assert torch.equal(gone, first_by_stable_sort(group, min(n, group.shape[1])))
+        expected = first_by_stable_sort(group, min(n, group.shape[1]))
+        assert torch.equal(gone, expected)
+        marked = torch.full_like(group.t(), 7.0)
+        smallest_members(group.t(), min(n, group.shape[1]), out=marked)
+        assert torch.equal(marked, expected.t().float())
 
 
 @settings(max_examples=80, deadline=None)
@@ -83,6 +91,8 @@ def test_the_published_threshold_takes_what_is_at_most_the_score_of_its_rank(
     threshold = np.sort(scores.numpy(), axis=None)[int(scores.numel() * sparsity)]
     assert chosen.tolist() == (scores.numpy() <= threshold).tolist()
     assert int(chosen.sum()) > int(scores.numel() * sparsity)
+    marked = at_most_threshold(scores, sparsity, out=torch.full_like(scores, 7.0))
+    assert torch.equal(marked, chosen.float())
 
 
 @settings(max_examples=60, deadline=None)
