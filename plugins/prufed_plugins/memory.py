@@ -1,4 +1,4 @@
-"""Memory for passing results, used again once nothing refers to it any more.
+"""Memory for passing results: used again once nothing refers to it, or given back to the system.
 
 Fresh memory costs more than most of what is done with it here: the system hands it out page by page
 and clears every page first. A merge reads and sums tensors of a few shapes thousands of times, and

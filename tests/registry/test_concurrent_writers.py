@@ -6,8 +6,10 @@ import os
 import random
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from filelock import FileLock
 
 from prufed_registry import Registry
 
@@ -120,6 +122,18 @@ def test_gc_leaves_a_living_writer_alone(registry, write_model):
         made = staging.publish("tiny", "base", recipe={})
     assert registry.verify() == []
     assert registry.resolve("tiny") == made
+
+
+def test_a_dry_run_waits_for_who_is_writing_a_file(registry, publish):
+    publish()
+    file = registry.root / "cache" / ".prufed-being-written"
+    with ThreadPoolExecutor(1) as pool:
+        with FileLock(registry.root / "prufed-registry.lock"):
+            file.write_text("half of it")
+            report = pool.submit(registry.gc, dry_run=True)
+            time.sleep(0.2)
+            file.unlink()
+        assert report.result().items == ()
 
 
 def test_readers_see_a_version_whole_or_not_at_all(memory_path, publish_into):
