@@ -288,13 +288,12 @@ def _restore_packed(snapshot: _Snapshot, reporter: Reporter) -> None:
 
 def _known(snapshot: _Snapshot, registry: Registry) -> Artifact | None:
     """Return the artifact of the same content and making, if it is here already."""
-    from prufed_registry import fingerprint
-    from prufed_registry.transfer import directory_digest
+    from prufed_registry.transfer import directory_digest, import_fingerprint
 
     manifest = snapshot.manifest
     if manifest is None:
         digest = directory_digest(snapshot.directory)
-        made = fingerprint("base", [], {"command": "import", "digest": digest})
+        made = import_fingerprint(digest)
     else:
         _check_content(snapshot, manifest)
         digest, made = manifest.digest, manifest.fingerprint

@@ -125,12 +125,10 @@ def import_base(
 ) -> Artifact:
     """Take a model directory into the registry, unless the same content is there already."""
     from prufed_cli.packing import refuse_packed
-    from prufed_registry import fingerprint
-    from prufed_registry.transfer import directory_digest
+    from prufed_registry.transfer import find_imported
 
     refuse_packed(directory)
-    recipe = {"command": "import", "digest": directory_digest(directory)}
-    known = registry.find(fingerprint("base", [], recipe), kind="base")
+    known = find_imported(registry, directory, "base")
     if known is not None:
         return known
     made = registry.import_directory(directory, name=name, kind="base")

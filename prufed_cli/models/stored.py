@@ -8,6 +8,7 @@ the same bytes whoever writes them.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -49,6 +50,9 @@ PIECE: Final = 2**22
 _RANKS: Final = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
 _CODES: Final = {dtype: code for code, dtype in DTYPES.items()}
 _LENGTH_BYTES: Final = 8  # the header's length, little endian, comes first
+
+_CANNOT: Final = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
+"""What a system answers that cannot copy between these two files by itself."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,31 @@ class StoredTensor:
         for first in range(0, entries, PIECE):
             yield _bytes(self._piece(first, min(first + PIECE, entries)).to(dtype))
 
+    def copy_into(self, file: BinaryIO, offset: int) -> bool:
+        """Let the system copy the tensor's bytes to ``offset`` of a file; False where it cannot.
+
+        They do not pass through this process, and need no space of their own where the filesystem
+        can share them.
+        """
+        if not hasattr(os, "copy_file_range"):
+            return False
+        done = 0
+        with self.path.open("rb", buffering=0) as source:
+            while done < self.size:
+                places = (self.offset + done, offset + done)
+                try:
+                    count = os.copy_file_range(
+                        source.fileno(), file.fileno(), self.size - done, *places
+                    )
+                except OSError as error:
+                    if error.errno in _CANNOT:
+                        return False
+                    raise
+                if not count:
+                    raise self._shortened()
+                done += count
+        return True
+
     def _piece(self, first: int, last: int) -> Tensor:
         """Read the entries from ``first`` to ``last`` − 1 of the flattened tensor."""
         piece = torch.empty(last - first, dtype=self.dtype)
@@ -122,10 +151,13 @@ class StoredTensor:
         while left:
             count = file.readinto(left)  # at most 2 GiB at once
             if not count:
-                raise PrufedError(
-                    f"{self.path} has become shorter", "`prufed verify` checks it", INTEGRITY
-                )
+                raise self._shortened()
             left = left[count:]
+
+    def _shortened(self) -> PrufedError:
+        return PrufedError(
+            f"{self.path} has become shorter", "`prufed verify` checks it", INTEGRITY
+        )
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -210,7 +242,11 @@ class TensorWriter:
         """Write a tensor of another file, without holding it."""
         spec = self._specs[name]
         assert stored.shape == spec.shape, name
-        self._write(name, stored.pieces(spec.dtype))
+        assert self._file is not None
+        if stored.dtype == spec.dtype and stored.copy_into(self._file, self._place(name)):
+            self._missing.discard(name)
+        else:
+            self._write(name, stored.pieces(spec.dtype))
 
     def missing(self) -> set[str]:
         """Return the names that were not written yet."""
@@ -235,10 +271,13 @@ class TensorWriter:
 
     def _write(self, name: str, pieces: Sequence[memoryview] | Iterator[memoryview]) -> None:
         assert self._file is not None
-        self._file.seek(len(self._header) + self._offsets[name])
+        self._file.seek(self._place(name))
         for piece in pieces:
             self._file.write(piece)
         self._missing.discard(name)
+
+    def _place(self, name: str) -> int:
+        return len(self._header) + self._offsets[name]
 
 
 def write_checkpoint(

@@ -59,7 +59,7 @@ class StreamedDecoder:
         self._empty = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self._finished: dict[int, Mapping[str, StoredTensor]] = {}
         self._loaded: int | None = None
-        self._tuples = False
+        self._tuples: bool | None = None
         self.prefix = skeleton.prefix
         self.start = 0
         self.dtype = dtype
@@ -108,7 +108,8 @@ class StreamedDecoder:
         model = self._skeleton.model
         with torch.no_grad():
             with self._outside(batches):
-                self._tuples = self._returns_tuples(batches[0][:1, :2])
+                if self._tuples is None:
+                    self._tuples = self._returns_tuples(batches[0][:1, :2])
                 states: list[tuple[Tensor, dict[str, Any]]] = []
                 for batch in batches:
                     ids = batch.to(self.device)

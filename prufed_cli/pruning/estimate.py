@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _SIDE: Final = 512
 _ENTRIES: Final = 1 << 22
 _STEPS: Final = 200
-_WINDOW: Final = 0.08
+_WINDOW: Final = 0.05
 """Seconds over which a rate is taken: several time slices of a core that is shared."""
 
 _HESSIAN: Final = 0.56 / 0.7
@@ -86,7 +86,7 @@ class BlockWork:
 
 
 def measure_rates(device: torch.device) -> Rates:
-    """Return the rates of a device; takes a quarter of a second."""
+    """Return the rates of a device; takes a fifth of a second."""
     import torch
 
     square = torch.ones(_SIDE, _SIDE, device=device)
@@ -104,6 +104,8 @@ def measure_rates(device: torch.device) -> Rates:
         for _ in range(_STEPS):
             torch.mul(few, few, out=scaled)
 
+    for work in (multiply, copy, step):
+        work()
     return Rates(
         seconds_of(multiply, device) / _SIDE**3,
         seconds_of(copy, device) / _ENTRIES,
@@ -111,18 +113,17 @@ def measure_rates(device: torch.device) -> Rates:
     )
 
 
-def seconds_of(work: Callable[[], object], device: torch.device, window: float = _WINDOW) -> float:
-    """Return the mean seconds of some work over at least ``window`` seconds.
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Return the mean seconds of some work over some hundredths of a second.
 
     The mean, not the least: where other processes want the cores, the pass will feel it as well.
-    The first run is not counted.
+    The caller has run it once, for what only the first run takes.
     """
     import torch
 
-    work()
     runs, taken = 0, 0.0
     started = time.perf_counter()
-    while taken < window:
+    while taken < _WINDOW:
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)

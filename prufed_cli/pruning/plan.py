@@ -120,9 +120,10 @@ def make_plan(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, begin: int
     batches = job.calibration.batches if job.calibration else []
     hidden = skeleton.model.config.get_text_config().hidden_size
     groups: list[list[str]] = []
+    forward = 0.0
     batch = largest * 4 * (_COPIES + len(job.made) - 1)
     if batches:
-        groups = input_groups(decoder, batches[0][:1])
+        groups, forward = look_at_block(decoder, batches[0])
         batch = max(batch, batches[0].numel() * _token_bytes(job, skeleton, decoder))
     columns = [shapes[0][group[0]][1] for group in groups]
     one = statistic_bytes(job)
@@ -150,7 +151,7 @@ def make_plan(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, begin: int
         in_file=activations + (0 if separate else least) > host,
         separate=separate,
         limit=limit,
-        seconds=_seconds(job, skeleton, decoder, groups, begin),
+        seconds=_seconds(job, skeleton, decoder, groups, forward, begin),
     )
 
 
@@ -208,13 +209,21 @@ def warn_of_few_tokens(job: Job, decoder: StreamedDecoder) -> None:
         )
 
 
-def input_groups(decoder: StreamedDecoder, batch: Tensor) -> list[list[str]]:
-    """Return which matrices of block 0 receive the same input, for token ids (B, T)."""
+def look_at_block(decoder: StreamedDecoder, batch: Tensor) -> tuple[list[list[str]], float]:
+    """Return what one batch of token ids (B, T) shows of block 0.
+
+    Returns:
+        Which of its matrices receive the same input, and the seconds that a batch takes through it.
+    """
     import torch
 
     inputs: dict[str, Tensor] = {}  # held, or a later one could take the identity of one before
     ((hidden, arguments),) = decoder.embed([batch])
     linears = decoder.linears(0)
+
+    @torch.no_grad()
+    def forward() -> None:
+        decoder.run_block(0, hidden, arguments)
 
     def look(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -224,15 +233,15 @@ def input_groups(decoder: StreamedDecoder, batch: Tensor) -> list[list[str]]:
 
     handles = [module.register_forward_pre_hook(look(name)) for name, module in linears.items()]
     try:
-        with torch.no_grad():
-            decoder.run_block(0, hidden, arguments)
+        forward()
     finally:
         for handle in handles:
             handle.remove()
     groups: dict[object, list[str]] = {}
     for name in linears:
         groups.setdefault(id(inputs[name]) if name in inputs else name, []).append(name)
-    return list(groups.values())
+    inputs.clear()
+    return list(groups.values()), seconds_of(forward, decoder.device)
 
 
 def _seconds(
@@ -240,18 +249,26 @@ def _seconds(
     skeleton: Skeleton,
     decoder: StreamedDecoder,
     groups: Sequence[Sequence[str]],
+    batch: float,
     begin: int,
 ) -> float:
     """Return about how long the pass takes from block ``begin`` on, and to publish what it made.
 
     Scores by ``--perplexity`` are not in it.
+
+    Args:
+        job: the pass.
+        skeleton: its model.
+        decoder: the same.
+        groups: matrices of a block that receive the same input.
+        batch: seconds that the first batch takes through a block.
+        begin: how many blocks are finished already.
     """
     rates = measure_rates(job.options.device)
     blocks = len(decoder.blocks)
-    tokens, forward = 0, 0.0
-    if job.calibration is not None:
-        tokens = sum(batch.numel() for batch in job.calibration.batches)
-        forward = _forward_seconds(job, decoder, job.calibration.batches[0]) * tokens
+    batches = job.calibration.batches if job.calibration else []
+    tokens = sum(each.numel() for each in batches)
+    forward = batch * tokens / batches[0].numel() if batches else 0.0
     stored = sum(math.prod(one.shape) for one in skeleton.stored.values())
     seconds = len(job.made) * publish_seconds(stored, rates)
     if job.pruner.result == "sliced":
@@ -278,20 +295,6 @@ def _seconds(
         )
         seconds += block_seconds(work, rates) + (forward if surveyed else 0.0)
     return seconds
-
-
-def _forward_seconds(job: Job, decoder: StreamedDecoder, batch: Tensor) -> float:
-    """Return the seconds that one token of a batch takes through block 0."""
-    import torch
-
-    ((hidden, arguments),) = decoder.embed([batch])
-    decoder.linears(0)
-
-    def forward() -> None:
-        with torch.no_grad():
-            decoder.run_block(0, hidden, arguments)
-
-    return seconds_of(forward, job.options.device) / batch.numel()
 
 
 def _free_on(device: torch.device) -> int:

@@ -68,12 +68,37 @@ def export(
 
 def directory_digest(directory: Path) -> str:
     """Return the digest that `directory` would have as an artifact, without copying it."""
-    found = [path for path in regular_files(directory) if not _is_hidden(path) and path != MANIFEST]
     entries = {
         path: FileEntry(hash_file(directory / path), (directory / path).stat().st_size)
-        for path in found
+        for path in _content(directory)
     }
     return content_digest(entries)
+
+
+def find_imported(registry: Registry, directory: Path, kind: str) -> Artifact | None:
+    """Return the artifact that `directory` was imported as before, None where there is none.
+
+    Its files are hashed only where an artifact has as many bytes.
+    """
+    size = sum((directory / path).stat().st_size for path in _content(directory))
+    if all(artifact.size != size for artifact in registry.list(kind=kind)):
+        return None
+    return registry.find(import_fingerprint(directory_digest(directory), kind), kind=kind)
+
+
+def import_fingerprint(digest: str, kind: str = "base") -> str:
+    """Return the fingerprint of what came from outside: its content is its recipe."""
+    return fingerprint(kind, [], _import_recipe(digest))
+
+
+def _import_recipe(digest: str) -> dict[str, str]:
+    return {"command": "import", "digest": digest}
+
+
+def _content(directory: Path) -> list[str]:
+    """Return the files of a directory that make it up as an artifact."""
+    found = regular_files(directory)
+    return [path for path in found if not _is_hidden(path) and path != MANIFEST]
 
 
 def import_directory(
@@ -110,10 +135,10 @@ def _import_model(
         with storage_errors(f"import {directory}"):
             _copy(directory, staging.path, found, move=move)
             digest = content_digest(staging.seal())
-        # The content is the recipe of what came from outside, so the same import is found again.
-        recipe = {"command": "import", "digest": digest}
-        known = _known(registry, name, digest, fingerprint(kind, [], recipe))
-        return known or staging.publish(name, kind, recipe=recipe, details={"source": source})
+        known = _known(registry, name, digest, import_fingerprint(digest, kind))
+        return known or staging.publish(
+            name, kind, recipe=_import_recipe(digest), details={"source": source}
+        )
 
 
 def _import_published(

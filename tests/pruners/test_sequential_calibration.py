@@ -14,8 +14,8 @@ from prufed_plugins.api import PrunedMatrix, PruneTarget
 from prufed_plugins.discover import build
 from prufed_plugins.errors import MethodError
 from prufed_plugins.pruners.collecting import InputCollector, observe
-from prufed_plugins.pruners.hessian import InputNorms
-from prufed_plugins.pruners.matrices import Choice, apply
+from prufed_plugins.pruners.hessian import InputHessian, InputNorms
+from prufed_plugins.pruners.matrices import Choice, apply, as_matrix
 from prufed_plugins.pruners.selection import smallest
 from prufed_plugins.testing.pruner import TinyDecoder, tokens
 from tests.pruners.whole_models import open_decoder
@@ -70,7 +70,8 @@ def test_matrices_with_one_input_share_one_statistic(llama: Any, ids: Tensor) ->
         for _ in range(2):
             decoder.run_block(0, hidden, arguments)
             collector.end_batch()
-    found = {name.split(".")[-1]: one for name, one in collector.observed().items()}
+    observed = collector.observed()
+    found = {name.split(".")[-1]: one.statistic for name, one in observed.items()}
     assert found["q_proj"] is found["k_proj"] is found["v_proj"]
     assert found["gate_proj"] is found["up_proj"]
     assert len({id(one) for one in found.values()}) == 4
@@ -95,9 +96,10 @@ def test_a_block_is_left_where_its_last_matrix_has_its_input(llama: Any, ids: Te
     handle.remove()
     assert len(runs) == 1 + len(batches)
     assert found.keys() == advancing.keys()
-    for name, norms in found.items():
+    for name, one in found.items():
+        norms = one.statistic
         assert norms.tokens == ids.numel()
-        assert torch.equal(norms.second_moments(), advancing[name].second_moments())
+        assert torch.equal(norms.second_moments(), advancing[name].statistic.second_moments())
 
 
 def test_batches_do_not_change_the_result(llama: Any, ids: Tensor) -> None:
@@ -218,3 +220,21 @@ def test_a_target_that_cannot_be_met_is_refused_before_anything_changes(
 def test_no_calibration_is_refused(method: str) -> None:
     with pytest.raises(MethodError, match="needs calibration text"):
         list(build("pruner", method, {}).prune(TinyDecoder(), None, HALF, lambda *_: None))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("advancing", [False, True])
+def test_the_energy_of_outputs_is_that_of_the_hessian(
+    family: str, advancing: bool, ids: Tensor, request: pytest.FixtureRequest
+) -> None:
+    """Biases are no part of it; where not every output was seen, there is none."""
+    decoder = open_decoder(request.getfixturevalue(family))
+    states = decoder.embed([ids[:1], ids[1:]])
+    names = set(decoder.linears(0))
+    found = observe(decoder, 0, names, InputHessian, states, energies=True, advancing=advancing)
+    unseen = {name for name, one in found.items() if one.energy is None}
+    assert len(unseen) == (0 if advancing else 1)
+    for name, one in found.items():
+        if one.energy is not None:
+            expected = one.statistic.factor.energy(as_matrix(decoder.linears(0)[name]))
+            assert one.energy == pytest.approx(expected, rel=1e-3), name

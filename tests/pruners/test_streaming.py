@@ -44,7 +44,7 @@ from prufed_cli.pruning import (
     prune_several,
 )
 from prufed_cli.pruning.job import Options
-from prufed_cli.pruning.plan import input_groups
+from prufed_cli.pruning.plan import look_at_block
 from prufed_cli.pruning.scores import streamed_perplexity
 from prufed_plugins.api import PruneTarget
 from prufed_plugins.discover import build
@@ -219,7 +219,7 @@ def test_one_block_is_in_memory_at_a_time(llama: Any, saved: Save, ids: Tensor) 
 def test_freed_inputs_do_not_pass_for_shared_ones(llama: Any, saved: Save, ids: Tensor) -> None:
     """A block that copies its input for every matrix: Python uses the memory of each copy again."""
     decoder = streamed(saved(llama))
-    assert sorted(len(group) for group in input_groups(decoder, ids[:1])) == [1, 1, 2, 3]
+    assert sorted(len(group) for group in look_at_block(decoder, ids[:1])[0]) == [1, 1, 2, 3]
     linears = decoder.linears(0)
 
     def forward(hidden: Tensor, **arguments: Any) -> Tensor:
@@ -228,7 +228,7 @@ def test_freed_inputs_do_not_pass_for_shared_ones(llama: Any, saved: Save, ids: 
         return hidden
 
     decoder.blocks[0].forward = forward
-    assert len(input_groups(decoder, ids[:1])) == len(linears) == 7
+    assert len(look_at_block(decoder, ids[:1])[0]) == len(linears) == 7
 
 
 def loaded_parameters(decoder: StreamedDecoder) -> list[str]:

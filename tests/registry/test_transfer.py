@@ -10,6 +10,7 @@ import pytest
 
 from prufed_registry import Damaged, InvalidRequest, NotFound, Parent, Registry, rewrite_base
 from prufed_registry.outside import new_directory
+from prufed_registry.transfer import find_imported
 
 CONFIG = {"base_model_name_or_path": "half@v1", "peft_type": "LORA", "r": 4}
 
@@ -132,6 +133,21 @@ def test_importing_a_model(registry, write_model, tmp_path):
     assert again.fingerprint == made.fingerprint
     assert (source / "config.json").stat().st_mode & 0o200, "the source stays as it was"
     assert registry.verify() == []
+
+
+def test_what_a_directory_was_imported_as_is_found(registry, write_model, tmp_path):
+    """By its content: not where a byte differs, and not under another kind."""
+    directory = tmp_path / "model"
+    write_model(directory)
+    assert find_imported(registry, directory, "base") is None
+    made = registry.import_directory(directory, kind="base")
+    assert find_imported(registry, directory, "base") == made
+    assert find_imported(registry, directory, "pruned") is None
+    weights = directory / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert find_imported(registry, directory, "base") is None
 
 
 def test_importing_the_same_again_makes_no_second_version(registry, write_model, tmp_path):

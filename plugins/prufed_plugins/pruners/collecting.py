@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
 import torch
@@ -55,6 +56,19 @@ class Statistic(Protocol):
 S = TypeVar("S", bound=Statistic)
 
 
+@dataclass(frozen=True)
+class Observed(Generic[S]):
+    """What calibration showed of one matrix.
+
+    Attributes:
+        statistic: of its inputs; one object for all matrices that receive the same.
+        energy: mean over tokens of ‖Wx‖²; None where not all outputs were looked at.
+    """
+
+    statistic: S
+    energy: float | None = None
+
+
 @torch.no_grad()
 def embed(decoder: Decoder, calibration: Sequence[Tensor] | None) -> States:
     """Return what the first block to be pruned receives.
@@ -79,7 +93,7 @@ def advance(decoder: Decoder, index: int, states: States) -> None:
     """Replace the inputs of a block by its outputs, batch by batch."""
     for position, (hidden, arguments) in enumerate(states):
         _put(decoder, index, states, position, decoder.run_block(index, hidden, arguments))
-        if position % _KEPT == 0:
+        if position % _KEPT == _KEPT - 1:
             give_back()
 
 
@@ -91,8 +105,9 @@ def observe(
     new_statistic: Callable[[int, torch.device], S],
     states: States,
     *,
+    energies: bool = False,
     advancing: bool = False,
-) -> dict[str, S]:
+) -> dict[str, Observed[S]]:
     """Run a block over the calibration and return what some of its matrices received.
 
     Args:
@@ -101,11 +116,11 @@ def observe(
         names: full names of the matrices to observe; those of other blocks do not matter.
         new_statistic: makes an empty statistic of (columns, device).
         states: the block's inputs.
+        energies: look at the outputs too, where there are any: see :class:`InputCollector`.
         advancing: replace them by the block's outputs on the way.
 
     Returns:
-        By full name, one for all matrices that receive the same; experts that no token was routed
-        to are absent.
+        By full name; experts that no token was routed to are absent.
 
     Raises:
         MethodError: inputs or outputs are not finite, or a matrix that is no expert got none.
@@ -115,7 +130,7 @@ def observe(
         if advancing:
             advance(decoder, index, states)
         return {}
-    collecting = InputCollector(linears, new_statistic, stops=not advancing)
+    collecting = InputCollector(linears, new_statistic, energies=energies, stops=not advancing)
     with mapped_above(_POOLED), collecting as collector:
         for position, (hidden, arguments) in enumerate(states):
             with suppress(_AllSeenError):
@@ -123,7 +138,7 @@ def observe(
             collector.end_batch()
             if advancing:
                 _put(decoder, index, states, position, output)
-            if position % _KEPT == 0:
+            if position % _KEPT == _KEPT - 1:
                 give_back()
     observed = collector.observed()
     for name in linears:
@@ -131,7 +146,7 @@ def observe(
     return observed
 
 
-def _check_observed(name: str, index: int, observed: Statistic | None) -> None:
+def _check_observed(name: str, index: int, observed: Observed[S] | None) -> None:
     if observed is None:
         if _EXPERT.search(name):
             return
@@ -139,7 +154,7 @@ def _check_observed(name: str, index: int, observed: Statistic | None) -> None:
             f"{name} received no calibration input",
             "leave it out with --set exclude=..., or use --method magnitude",
         )
-    if not is_finite(observed.second_moments()):
+    if not is_finite(observed.statistic.second_moments()):
         raise MethodError(
             f"the inputs of {name} in block {index} are not finite",
             "load the model with --dtype float32, or check its weights",
@@ -162,6 +177,7 @@ class InputCollector(Generic[S]):
         linears: Mapping[str, nn.Module],
         new_statistic: Callable[[int, torch.device], S],
         *,
+        energies: bool = False,
         stops: bool,
     ) -> None:
         """Prepare the hooks.
@@ -169,10 +185,12 @@ class InputCollector(Generic[S]):
         Args:
             linears: the matrices by full name.
             new_statistic: makes an empty statistic of (columns, device).
+            energies: whether the outputs are squared and summed up.
             stops: whether a batch may be cut short by an error, which the caller catches.
         """
         self._linears = linears
         self._new_statistic = new_statistic
+        self._energies = energies
         self._stops = stops
         self._first = True
         self._calls: list[str] = []
@@ -180,10 +198,13 @@ class InputCollector(Generic[S]):
         self._batch: dict[int, tuple[str, Tensor]] = {}
         self._handles: list[Any] = []
         self._own: dict[str, S] = {}
+        self._outputs = {name: _Outputs() for name in linears}
 
     def __enter__(self) -> InputCollector[S]:
         for name, module in self._linears.items():
             self._handles.append(module.register_forward_pre_hook(self._hook(name)))
+            if self._energies:
+                self._handles.append(module.register_forward_hook(self._outputs[name].add))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -191,10 +212,14 @@ class InputCollector(Generic[S]):
             handle.remove()
         self._batch.clear()
 
-    def observed(self) -> dict[str, S]:
+    def observed(self) -> dict[str, Observed[S]]:
         """Return what each matrix showed that received at least one token."""
         found = {name: self._own[leader] for name, leader in self._leaders.items()}
-        return {name: statistic for name, statistic in found.items() if statistic.tokens}
+        return {
+            name: Observed(statistic, self._outputs[name].mean_of(statistic.tokens))
+            for name, statistic in found.items()
+            if statistic.tokens
+        }
 
     def end_batch(self) -> None:
         """Forget the inputs of the batch that just ran."""
@@ -219,6 +244,26 @@ class InputCollector(Generic[S]):
                 raise _AllSeenError
 
         return hook
+
+
+class _Outputs:
+    """‖Wx‖² of one matrix, summed over the tokens whose outputs it has seen."""
+
+    def __init__(self) -> None:
+        self._tokens = 0
+        self._squares: Tensor | float = 0.0  # not read back from a device on every call
+
+    def add(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Add the outputs (…, rows) of one batch; a forward hook."""
+        bias = getattr(module, "bias", None)
+        product = output if bias is None else output - bias
+        norm = torch.linalg.vector_norm(product, dtype=torch.float32)
+        self._tokens += output.numel() // output.shape[-1]
+        self._squares = self._squares + norm.square()
+
+    def mean_of(self, tokens: int) -> float | None:
+        """Return the mean, None where not all of so many tokens were seen."""
+        return float(self._squares) / tokens if tokens and self._tokens == tokens else None
 
 
 class _AllSeenError(Exception):

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from prufed_plugins.api import Decoder, Progress, PruneTarget
     from prufed_plugins.params import MagnitudeParams, Threshold
+    from prufed_plugins.pruners.collecting import Observed
     from prufed_plugins.pruners.hessian import InputNorms
 
 BINS: Final = 1 << 16
@@ -39,7 +40,7 @@ class Magnitude(ElementPruner["InputNorms"]):
     def __init__(self, params: MagnitudeParams) -> None:
         def choose_matrix(
             weight: Tensor,
-            observed: InputNorms | None,
+            observed: Observed[InputNorms] | None,
             target: PruneTarget,
             forced: Tensor | None,
         ) -> Choice:

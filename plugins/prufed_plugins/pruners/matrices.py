@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-TILE: Final = 256
+TILE: Final = 64
 """Columns that are turned and rounded at once: what lies between stays small, and in the cache."""
 
 

@@ -98,7 +98,7 @@ def outlier_ratios(
         linears = decoder.linears(index)
         with torch.no_grad():
             matrices = [
-                (float_matrix(name, linears[name]), one.second_moments().sqrt())
+                (float_matrix(name, linears[name]), one.statistic.second_moments().sqrt())
                 for name, one in observed.items()
             ]
             ratios.append(outlier_ratio(matrices, multiple))

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from prufed_plugins.errors import MethodError
-from prufed_plugins.pruners.collecting import S, States, advance, embed, observe
+from prufed_plugins.pruners.collecting import Observed, S, States, advance, embed, observe
 from prufed_plugins.pruners.matrices import Choice, apply, float_matrix, keep
 from prufed_plugins.pruners.modules import selected
 from prufed_plugins.pruners.owl import outlier_ratios, owl_sparsities
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from prufed_plugins.api import Decoder, Progress, PrunedMatrix, PruneTarget
     from prufed_plugins.params import ElementParams
 
-Choose = Callable[["Tensor", S | None, "PruneTarget", "Tensor | None"], Choice]
+Choose = Callable[["Tensor", Observed[S] | None, "PruneTarget", "Tensor | None"], Choice]
 """Decides on one matrix: (float32 weight (rows, columns), what calibration showed or None, target,
 bool (rows, columns) of what must go or None)."""
 
@@ -53,10 +53,13 @@ class ElementPruner(Generic[S]):
         params: ElementParams,
         choose: Choose[S],
         new_statistic: Callable[[int, torch.device], S] | None,
+        *,
+        energies: bool = False,
     ) -> None:
         self._params = params
         self._choose = choose
         self._new_statistic = new_statistic
+        self._energies = energies
         self._varies = params.layer_ratio == "owl"
         self.needs_calibration = new_statistic is not None or self._varies
 
@@ -171,16 +174,24 @@ class ElementPruner(Generic[S]):
         states: States | None,
         *,
         advancing: bool,
-    ) -> Mapping[str, S] | None:
+    ) -> Mapping[str, Observed[S]] | None:
         if states is None or self._new_statistic is None:
             return None
-        return observe(decoder, index, names, self._new_statistic, states, advancing=advancing)
+        return observe(
+            decoder,
+            index,
+            names,
+            self._new_statistic,
+            states,
+            energies=self._energies,
+            advancing=advancing,
+        )
 
     def _prune_matrix(
         self,
         name: str,
         module: nn.Module,
-        observed: S | None,
+        observed: Observed[S] | None,
         targets: Sequence[PruneTarget],
         dtype: torch.dtype,
         dense: bool,

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from prufed_plugins.api import PruneTarget
     from prufed_plugins.params import SparseGPTParams, Threshold
+    from prufed_plugins.pruners.collecting import Observed
 
 PANEL: Final = 512
 """Columns that take the errors of all earlier ones by one product, large enough for full speed."""
@@ -57,14 +58,15 @@ class SparseGPT(ElementPruner[InputHessian]):
     def __init__(self, params: SparseGPTParams) -> None:
         def choose_matrix(
             weight: Tensor,
-            observed: InputHessian | None,
+            observed: Observed[InputHessian] | None,
             target: PruneTarget,
             forced: Tensor | None,
         ) -> Choice:
             assert observed is not None
+            factor = observed.statistic.factor
             choice = choose(
                 weight,
-                observed.factor,
+                factor,
                 target,
                 params.block_size,
                 threshold=params.threshold,
@@ -72,12 +74,14 @@ class SparseGPT(ElementPruner[InputHessian]):
             )
             if not choice.squared_error:
                 return choice
-            return replace(choice, energy=observed.factor.energy(weight))
+            energy = observed.energy if observed.energy is not None else factor.energy(weight)
+            return replace(choice, energy=energy)
 
         super().__init__(
             params,
             choose_matrix,
             lambda columns, device: InputHessian(columns, device, params.damping),
+            energies=True,
         )
 
     def statistic_bytes(self, columns: int) -> int:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from prufed_plugins.api import PruneTarget
     from prufed_plugins.params import Threshold, WandaParams
+    from prufed_plugins.pruners.collecting import Observed
 
 
 class Wanda(ElementPruner[InputNorms]):
@@ -30,13 +31,13 @@ class Wanda(ElementPruner[InputNorms]):
     def __init__(self, params: WandaParams) -> None:
         def choose_matrix(
             weight: Tensor,
-            observed: InputNorms | None,
+            observed: Observed[InputNorms] | None,
             target: PruneTarget,
             forced: Tensor | None,
         ) -> Choice:
             # what a smaller sparsity removes, a larger one does too: nothing has to be forced
             assert observed is not None
-            return choose(weight, observed, target, params.threshold)
+            return choose(weight, observed.statistic, target, params.threshold)
 
         super().__init__(params, choose_matrix, InputNorms)
 
