@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import torch
 
 from prufed_plugins.entries import count
+from prufed_plugins.pruners.fused_block import can_fuse, prune_columns
 from prufed_plugins.pruners.hessian import Factor, InputHessian, inverse_of_upper
 from prufed_plugins.pruners.matrices import Choice
 from prufed_plugins.pruners.selection import (
@@ -256,7 +257,7 @@ class _Block:
         gone: (width, rows), 1 where an entry goes, else 0.
         removed: (width, rows), the values that go, w − w'.
         pushes: (width, width), −U_ij/U_ii at [j, i]: what column i pushes onto a later column j.
-        spans: the order of work.
+        spans: the order of work; nothing where one kernel does it.
     """
 
     width: int
@@ -273,6 +274,8 @@ class _Block:
         """Take the memory for blocks of this shape."""
         current, gone, removed = (torch.empty(width, rows, device=device) for _ in range(3))
         pushes = torch.empty(width, width, device=device)
+        if can_fuse(width, pattern, device):
+            return cls(width, current, gone, removed, pushes, ())
 
         def group(part: slice, span: slice) -> _Group:
             before = slice(span.start, part.start)
@@ -326,6 +329,17 @@ def _prune_block(block: _Block, inverse: Tensor, rule: _Rule, pruned: Tensor) ->
         # what will be removed is not known yet: its place takes the scores
         scores = _scores(block.current, squares, rule, out=block.removed)
         _select(scores, rule, out=block.gone)
+    if not block.spans:
+        prune_columns(
+            block.current,
+            block.gone,
+            block.removed,
+            block.pushes,
+            squares,
+            pattern,
+            rule.free,
+            rule.forced,
+        )
     for span in block.spans:
         _gather(span)
         for group in span.groups:
