@@ -17,12 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS: Final = (".svg", ".png")
-ERRORS: Final = {
-    "error": "relative squared error",
-    "uncorrelated_error": "relative squared error, were the inputs uncorrelated",
-}
-"""What is drawn of a method that reports it, by the name of the number; the first one there is."""
-
 KEPT: Final = "#4477aa"
 DROPPED: Final = "#ee6677"
 
@@ -85,12 +79,12 @@ def plot_matrices(rows: Sequence[ReportRow], title: str) -> Figure:
     kinds: dict[str, list[ReportRow]] = {}
     for row in rows:
         kinds.setdefault(_kind(row.label), []).append(row)
-    shown = next((name for name in ERRORS if any(getattr(row, name) for row in rows)), None)
+    shown = any(row.error for row in rows)
     figure = _figure(7.0, 5.6 if shown else 3.2)
     axes = figure.subplots(2 if shown else 1, 1, sharex=True, squeeze=False)[:, 0]
     if shown:
-        _plot_kinds(axes[0], kinds, shown)
-        axes[0].set(ylabel=ERRORS[shown])
+        _plot_kinds(axes[0], kinds, "error")
+        axes[0].set(ylabel="relative squared error")
     _plot_kinds(axes[-1], kinds, "sparsity")
     axes[-1].set(ylabel="sparsity", xlabel="block", ylim=(-0.02, 1.02))
     axes[0].set_title(title)

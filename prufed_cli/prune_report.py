@@ -49,7 +49,6 @@ class MatrixEntry(BaseModel):
     name: str
     sparsity: float
     error: float | None = None
-    uncorrelated_error: float | None = None
     dead_channels: float | None = None
     damping: float | None = None
     damping_retries: float | None = None
@@ -105,7 +104,6 @@ class ReportRow:
         shape: (rows, columns) as stored; None where it is not known, or of a block.
         sparsity: share of the entries that are gone.
         error: squared error of the output relative to its energy; a block's is the mean.
-        uncorrelated_error: what that would be were the inputs uncorrelated.
         dead_channels: inputs that were zero on every calibration token.
         damping: a block's is the largest.
         seconds: spent on it.
@@ -116,7 +114,6 @@ class ReportRow:
     shape: tuple[int, ...] | None
     sparsity: float
     error: float | None
-    uncorrelated_error: float | None
     dead_channels: float | None
     damping: float | None
     seconds: float | None
@@ -204,7 +201,6 @@ def matrix_rows(
             shape=shapes.get(matrix.name),
             sparsity=matrix.sparsity,
             error=matrix.error,
-            uncorrelated_error=matrix.uncorrelated_error,
             dead_channels=matrix.dead_channels,
             damping=matrix.damping,
             seconds=seconds.get(matrix.name),
@@ -253,7 +249,6 @@ def _together(block: int | None, rows: Sequence[ReportRow]) -> ReportRow:
         shape=None,
         sparsity=_mean_sparsity(rows),
         error=_mean(row.error for row in rows),
-        uncorrelated_error=_mean(row.uncorrelated_error for row in rows),
         dead_channels=_total(row.dead_channels for row in rows),
         damping=max(_known(row.damping for row in rows), default=None),
         seconds=_total(row.seconds for row in rows),
@@ -298,7 +293,6 @@ def row_table(rows: Sequence[ReportRow]) -> tuple[list[str], list[list[str]]]:
         ("shape", ["x".join(map(str, row.shape)) if row.shape else "" for row in rows]),
         ("sparsity", [f"{row.sparsity:.4%}" for row in rows]),
         ("error", [_number(row.error, ".3g") for row in rows]),
-        ("uncorrelated error", [_number(row.uncorrelated_error, ".3g") for row in rows]),
         ("dead channels", [_number(row.dead_channels, ".0f") for row in rows]),
         ("damping", [_number(row.damping, "g") for row in rows]),
         ("seconds", [_number(row.seconds, ".2f") for row in rows]),

@@ -48,6 +48,25 @@ def test_wanda_weighs_by_the_input_norm() -> None:
     assert choice.weight is None
 
 
+def test_wandas_error_is_that_of_a_sample_of_the_inputs() -> None:
+    """Of all tokens where there are few; close to that of all where there are many."""
+    weight, inputs = torch.randn(6, 8, generator=torch.manual_seed(3)), correlated(4000, 8, seed=3)
+    target = PruneTarget(sparsity=0.5)
+    for tokens, tolerance in ((10, 1e-5), (4000, 0.15)):
+        norms = InputNorms(8, CPU, wanda.SAMPLED)
+        for batch in inputs[:tokens].split(500):
+            norms.add(batch)
+        choice = wanda.choose(weight, norms, target)
+        assert choice.squared_error is not None
+        assert choice.energy is not None
+        assert len(norms.sample) == min(tokens, wanda.SAMPLED)
+        changed = weight.masked_fill(choice.pruned, 0.0)
+        error = output_error(weight, changed, inputs[:tokens])
+        energy = output_error(weight, torch.zeros_like(weight), inputs[:tokens])
+        expected = pytest.approx(error / energy, rel=tolerance)
+        assert choice.squared_error / choice.energy == expected
+
+
 @pytest.mark.parametrize("statistic", [InputNorms, InputHessian])
 def test_collecting_leaves_the_inputs_as_they_are(statistic: type) -> None:
     inputs = correlated(60, 5)

@@ -84,7 +84,7 @@ def test_a_row_per_matrix(show: Show) -> None:
 
 def test_what_else_a_method_reports(show: Show) -> None:
     entries = [
-        {"name": "h.0.a.weight", "sparsity": 0.5, "uncorrelated_error": 0.125},
+        {"name": "h.0.a.weight", "sparsity": 0.5, "error": 0.125},
         {"name": "h.0.b.weight", "sparsity": 0.5, "damping": 0.1, "damping_retries": 1.0},
         {"name": "h.0.c.weight", "sparsity": 0.5, "partial_group": 4.0},
         {"name": "h.0.d.weight", "sparsity": 0.0, "excluded": 1.0},
@@ -92,7 +92,7 @@ def test_what_else_a_method_reports(show: Show) -> None:
     made = publish({"result": "masked", "matrices": entries})
     _, out, _ = show(made.ref, "--report")
     rows = cells(out)
-    assert rows[0] == ["matrix", "sparsity", "uncorrelated", "error", "damping"]
+    assert rows[0] == ["matrix", "sparsity", "error", "damping"]
     assert rows[2] == ["h.0.a.weight", "50.0000%", "0.125"]
     assert rows[3] == [
         "h.0.b.weight",
@@ -294,16 +294,6 @@ def test_a_figure_of_matrices(show: Show, tmp_path: Path) -> None:
     for text in ("relative squared error", "sparsity", "up", "down", "mlp.experts.*.w1"):
         assert f">{text}<" in figure, text
     assert "experts.0" not in figure
-
-
-def test_a_figure_of_a_method_that_knows_no_correlations(show: Show, tmp_path: Path) -> None:
-    entry = {"name": "h.0.a.weight", "sparsity": 0.5, "uncorrelated_error": 0.125}
-    made = publish({"result": "masked", "matrices": [entry]})
-    assert show(made.ref, "--plot", str(tmp_path / "figure.svg"))[0] == 0
-    assert (
-        ">relative squared error, were the inputs uncorrelated<"
-        in (tmp_path / "figure.svg").read_text()
-    )
 
 
 def test_a_figure_as_png(show: Show, tmp_path: Path) -> None:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 PANELS: Final = 8
 """Column panels of the upper triangle: 8 save 44 % of the full product's work."""
 
+SHARES: Final = 8
+SPACING: Final = 32
+"""A sample takes one in 32 of the inputs of each batch, and an eighth of itself at least."""
+
 LARGEST_DAMPING: Final = 1.0
 
 WIDE: Final = 512
@@ -32,17 +36,26 @@ class InputNorms:
     Attributes:
         columns: number of input channels.
         tokens: tokens seen so far.
+        sample: the inputs of a few of them, (at most ``sampled``, columns).
     """
 
-    def __init__(self, columns: int, device: torch.device) -> None:
+    def __init__(self, columns: int, device: torch.device, sampled: int = 0) -> None:
         self.columns = columns
         self.tokens = 0
+        self.sample = torch.empty(0, columns, dtype=torch.float32, device=device)
+        self._sampled = sampled
         self._squares = torch.zeros(columns, dtype=torch.float32, device=device)
 
     def add(self, inputs: Tensor) -> None:
         """Add the inputs (tokens, columns) of one batch."""
-        self._squares += inputs.float().square().sum(dim=0)
-        self.tokens += inputs.shape[0]
+        x = inputs.float()
+        self._squares += x.square().sum(dim=0)
+        self.tokens += x.shape[0]
+        share = max(self._sampled // SHARES, x.shape[0] // SPACING)
+        wanted = min(self._sampled - len(self.sample), share)
+        if wanted > 0:
+            some = x[:: -(-x.shape[0] // wanted)]  # evenly spaced over the batch
+            self.sample = torch.cat((self.sample, some))
 
     def second_moments(self) -> Tensor:
         """Return the mean of x_v² over tokens, (columns,)."""

@@ -5,7 +5,9 @@ https://arxiv.org/abs/2306.11695
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
+
+import torch
 
 from prufed_plugins.entries import clear
 from prufed_plugins.pruners.hessian import InputNorms
@@ -19,6 +21,10 @@ if TYPE_CHECKING:
     from prufed_plugins.api import PruneTarget
     from prufed_plugins.params import Threshold, WandaParams
     from prufed_plugins.pruners.collecting import Observed
+
+SAMPLED: Final = 128
+"""Tokens on whose outputs the error is measured: some per cent of noise, for some per cent of the
+work."""
 
 
 class Wanda(ElementPruner[InputNorms]):
@@ -39,7 +45,13 @@ class Wanda(ElementPruner[InputNorms]):
             assert observed is not None
             return choose(weight, observed.statistic, target, params.threshold)
 
-        super().__init__(params, choose_matrix, InputNorms)
+        super().__init__(
+            params, choose_matrix, lambda columns, device: InputNorms(columns, device, SAMPLED)
+        )
+
+    def statistic_bytes(self, columns: int) -> int:
+        """Return the size of the norms and of the sampled inputs."""
+        return 4 * columns * (1 + SAMPLED)
 
 
 def choose(
@@ -47,8 +59,7 @@ def choose(
 ) -> Choice:
     """Choose what to prune; the kept weights stay as they are.
 
-    ``uncorrelated_error`` in the report is ‖(W − W')X‖²/‖WX‖² as it would be were the inputs
-    uncorrelated. Their correlations, which the error itself takes, are not collected.
+    The error in the report is that of the outputs of the sampled inputs.
 
     Args:
         weight: float32 (rows, columns).
@@ -65,14 +76,20 @@ def choose(
         pruned = smallest(scores, int(columns * (target.sparsity or 0.0)))
     else:
         pruned = smallest(scores, pruned_count(target.sparsity or 0.0, columns))
-    energies = scores.square_()
-    total = float(energies.sum())
-    clear(energies, pruned)
-    lost = float(energies.sum())
+    energy = _mean_square(norms.sample, weight)
+    change = scores.copy_(weight)
+    clear(change, pruned)
     return Choice(
         pruned,
-        report={
-            "dead_channels": float((moments == 0).sum()),
-            "uncorrelated_error": lost / total if total else 0.0,
-        },
+        squared_error=_mean_square(norms.sample, change),
+        energy=energy,
+        report={"dead_channels": float((moments == 0).sum())},
     )
+
+
+def _mean_square(inputs: Tensor, weight: Tensor) -> float | None:
+    """Return the mean over inputs x (tokens, columns) of ‖Wx‖²; None where there are none."""
+    if not len(inputs):
+        return None
+    norm = torch.linalg.vector_norm(inputs @ weight.t())
+    return float(norm) ** 2 / len(inputs)
