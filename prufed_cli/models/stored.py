@@ -44,8 +44,9 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
 }
 """The dtypes a model may be stored in, in the order in which safetensors ranks them."""
 
-PIECE: Final = 2**22
-"""Bytes, or entries, that are copied at once."""
+PIECE: Final = 2**17
+"""Entries that are read or written at once: what is cast stays in the cache, and takes no memory
+that would have to be fetched from the system."""
 
 _RANKS: Final = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
 _CODES: Final = {dtype: code for code, dtype in DTYPES.items()}
@@ -88,9 +89,19 @@ class StoredTensor:
             )
         return DTYPES[self.code]
 
-    def read(self) -> Tensor:
-        """Return the whole tensor."""
-        return self._piece(0, math.prod(self.shape)).reshape(self.shape)
+    def read(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the whole tensor, in a dtype of its own or in another one."""
+        entries = math.prod(self.shape)
+        if dtype in (None, self.dtype):
+            return self._piece(0, entries).reshape(self.shape)
+        cast = torch.empty(entries, dtype=dtype)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.offset)
+            for piece in torch.split(cast, PIECE):
+                stored = torch.empty(piece.shape, dtype=self.dtype)
+                self._fill(file, stored)
+                piece.copy_(stored)
+        return cast.reshape(self.shape)
 
     def rows(self, first: int, last: int) -> Tensor:
         """Return rows ``first`` to ``last`` − 1 of the leading dimension."""
@@ -108,7 +119,7 @@ class StoredTensor:
         return found
 
     def pieces(self, dtype: torch.dtype) -> Iterator[memoryview]:
-        """Yield the tensor's bytes in another dtype, or its own, a few megabytes at a time."""
+        """Yield the tensor's bytes in another dtype, or its own, piece by piece."""
         entries = math.prod(self.shape)
         for first in range(0, entries, PIECE):
             yield _bytes(self._piece(first, min(first + PIECE, entries)).to(dtype))
@@ -236,7 +247,8 @@ class TensorWriter:
         """Write a tensor; it is cast to the dtype it was announced with."""
         spec = self._specs[name]
         assert tuple(tensor.shape) == spec.shape, name
-        self._write(name, [_bytes(tensor.detach().to("cpu", spec.dtype).contiguous())])
+        values = tensor.detach().to("cpu").reshape(-1)
+        self._write(name, (_bytes(piece.to(spec.dtype)) for piece in torch.split(values, PIECE)))
 
     def copy(self, name: str, stored: StoredTensor) -> None:
         """Write a tensor of another file, without holding it."""
@@ -269,7 +281,7 @@ class TensorWriter:
             self._file.close()
         self._temporary.unlink(missing_ok=True)
 
-    def _write(self, name: str, pieces: Sequence[memoryview] | Iterator[memoryview]) -> None:
+    def _write(self, name: str, pieces: Iterator[memoryview]) -> None:
         assert self._file is not None
         self._file.seek(self._place(name))
         for piece in pieces:

@@ -185,12 +185,15 @@ class StreamedDecoder:
         finished = self._finished.get(index)
         for name in self._names[index]:
             stored = self._skeleton.stored[name] if finished is None else finished[name]
-            place(self._skeleton.model, name, self._cast(name, stored.read()))
+            place(self._skeleton.model, name, self._read(name, stored))
         self._loaded = index
 
     def _clear(self, names: Sequence[str]) -> None:
         for name in names:
             place(self._skeleton.model, name, self._empty[name])
+
+    def _read(self, name: str, stored: StoredTensor) -> Tensor:
+        return stored.read(self._empty[name].dtype).to(self.device)
 
     def _cast(self, name: str, value: Tensor) -> Tensor:
         return value.to(self.device, self._empty[name].dtype)
@@ -218,8 +221,10 @@ class StreamedDecoder:
             for name in names:
                 stored = self._stored(name)
                 compact = name == f"{own}.weight"
-                value = stored.gather(rows.tolist()) if compact else stored.read()
-                place(model, name, self._cast(name, value))
+                if compact:
+                    place(model, name, self._cast(name, stored.gather(rows.tolist())))
+                else:
+                    place(model, name, self._read(name, stored))
             yield
         finally:
             handle.remove()
