@@ -96,7 +96,7 @@ def give_back() -> None:
 def _bound_mapped(size: int) -> None:
     set_option = _c_function("mallopt")
     if set_option is not None:
-        set_option(_M_TRIM_THRESHOLD, 16 * size)
+        set_option(_M_TRIM_THRESHOLD, 2 * size)
         set_option(_M_MMAP_THRESHOLD, size)
     give_back()
 

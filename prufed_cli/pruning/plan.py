@@ -218,12 +218,12 @@ def look_at_block(decoder: StreamedDecoder, batch: Tensor) -> tuple[list[list[st
     import torch
 
     inputs: dict[str, Tensor] = {}  # held, or a later one could take the identity of one before
-    ((hidden, arguments),) = decoder.embed([batch])
+    few, all_of_it = decoder.embed([batch[:1], batch])
     linears = decoder.linears(0)
 
     @torch.no_grad()
-    def forward() -> None:
-        decoder.run_block(0, hidden, arguments)
+    def forward(states: tuple[Tensor, dict[str, Any]]) -> None:
+        decoder.run_block(0, *states)
 
     def look(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -233,7 +233,7 @@ def look_at_block(decoder: StreamedDecoder, batch: Tensor) -> tuple[list[list[st
 
     handles = [module.register_forward_pre_hook(look(name)) for name, module in linears.items()]
     try:
-        forward()
+        forward(few)  # holding what all of it puts in would take more memory than the pass
     finally:
         for handle in handles:
             handle.remove()
@@ -241,7 +241,7 @@ def look_at_block(decoder: StreamedDecoder, batch: Tensor) -> tuple[list[list[st
     for name in linears:
         groups.setdefault(id(inputs[name]) if name in inputs else name, []).append(name)
     inputs.clear()
-    return list(groups.values()), seconds_of(forward, decoder.device)
+    return list(groups.values()), seconds_of(lambda: forward(all_of_it), decoder.device)
 
 
 def _seconds(

@@ -93,7 +93,7 @@ def advance(decoder: Decoder, index: int, states: States) -> None:
     """Replace the inputs of a block by its outputs, batch by batch."""
     for position, (hidden, arguments) in enumerate(states):
         _put(decoder, index, states, position, decoder.run_block(index, hidden, arguments))
-        if position % _KEPT == _KEPT - 1:
+        if position % _KEPT == 0:
             give_back()
 
 
@@ -138,7 +138,7 @@ def observe(
             collector.end_batch()
             if advancing:
                 _put(decoder, index, states, position, output)
-            if position % _KEPT == _KEPT - 1:
+            if position % _KEPT == 0:
                 give_back()
     observed = collector.observed()
     for name in linears:
