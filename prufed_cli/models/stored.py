@@ -52,8 +52,8 @@ _RANKS: Final = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
 _CODES: Final = {dtype: code for code, dtype in DTYPES.items()}
 _LENGTH_BYTES: Final = 8  # the header's length, little endian, comes first
 
-_CANNOT: Final = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
-"""What a system answers that cannot copy between these two files by itself."""
+_CANNOT: Final = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM})
+"""What a system answers that cannot copy between these two files by itself, or is not let."""
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,8 @@ class StoredTensor:
                     if error.errno in _CANNOT:
                         return False
                     raise
-                if not count:
-                    raise self._shortened()
+                if not count:  # the file's end, or what some filesystems say for "cannot"
+                    return False
                 done += count
         return True
 
@@ -162,13 +162,10 @@ class StoredTensor:
         while left:
             count = file.readinto(left)  # at most 2 GiB at once
             if not count:
-                raise self._shortened()
+                raise PrufedError(
+                    f"{self.path} has become shorter", "`prufed verify` checks it", INTEGRITY
+                )
             left = left[count:]
-
-    def _shortened(self) -> PrufedError:
-        return PrufedError(
-            f"{self.path} has become shorter", "`prufed verify` checks it", INTEGRITY
-        )
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

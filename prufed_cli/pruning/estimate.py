@@ -26,9 +26,9 @@ _HESSIAN: Final = 0.56 / 0.7
 """Share of a full product that the panels above the diagonal come to, over their speed."""
 _FACTOR: Final = 1 / 6 / 0.36
 """Multiply-adds of a Cholesky factorization per c³, over their speed."""
-_SWEEP: Final = (1 / 2 + 1 / 2) / 0.7
-"""Multiply-adds per rows·c² that bring changes to later columns, and that the error is relative to,
-over their speed."""
+_SWEEP: Final = (1 / 2 + 1 / 5) / 0.7
+"""Multiply-adds per rows·c² that bring changes to later columns, and, of the last matrix, what its
+error is relative to, over their speed."""
 _BLOCK: Final = 280
 """Multiply-adds per entry inside a block of columns."""
 _COLUMN: Final = 25
