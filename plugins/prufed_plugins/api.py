@@ -188,8 +188,13 @@ class Decoder(Protocol):
     def run_block(self, index: int, hidden: Tensor, arguments: Arguments) -> Tensor:
         """Return the output (B, T, H) of block ``index``, on the device that computes."""
 
-    def hold(self, hidden: Tensor) -> Tensor:
-        """Return the same values where there is room to keep them: memory, or a mapped file."""
+    def hold(self, hidden: Tensor, instead_of: Tensor | None = None) -> Tensor:
+        """Return the same values where there is room to keep them: memory, or a mapped file.
+
+        Args:
+            hidden: values (B, T, H).
+            instead_of: what was held before and is not needed any more; overwritten where it fits.
+        """
 
 
 @dataclass(frozen=True)
@@ -342,6 +347,8 @@ class Update:
         base_masks: bool tensors (d, k) by ``<module>.weight``, where the client applies its base's
             mask to the product: its update is s_i M_i ⊙ (B_i A_i). A name that is absent means
             every entry; None means no such masks. May read from disk on access.
+        masks_digest: of ``masks``, where every entry outside them is known to be 0. A merge that
+            met the same digest in the round before may then leave the masks unread.
     """
 
     client: str
@@ -354,6 +361,7 @@ class Update:
     base_round: int = 0
     weight: float = 1.0
     base_masks: Mapping[str, Tensor] | None = None
+    masks_digest: str | None = None
 
 
 @dataclass(frozen=True)

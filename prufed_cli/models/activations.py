@@ -27,8 +27,19 @@ class Activations:
         self.directory = directory
         self._maps: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()
 
-    def hold(self, hidden: Tensor) -> Tensor:
-        """Return the same values, kept where there is room."""
+    def hold(self, hidden: Tensor, instead_of: Tensor | None = None) -> Tensor:
+        """Return the same values, kept where there is room.
+
+        Args:
+            hidden: values to keep.
+            instead_of: what was held before and is not needed any more; overwritten where it fits.
+                New tensors that stay would lie between those of a forward pass that go, and keep
+                the memory of all of them.
+        """
+        if instead_of is not None and _fits(hidden, instead_of):
+            instead_of.copy_(hidden)
+            self.rest(instead_of)
+            return instead_of
         if self.directory is None or not hidden.numel():
             return hidden.cpu()
         import torch
@@ -47,3 +58,7 @@ class Activations:
         mapped = self._maps.get(held.data_ptr())
         if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
             mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def _fits(hidden: Tensor, held: Tensor) -> bool:
+    return hidden.shape == held.shape and hidden.dtype == held.dtype and held.is_contiguous()

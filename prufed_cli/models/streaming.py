@@ -119,7 +119,7 @@ class StreamedDecoder:
             for index in range(self.start):
                 for position, (hidden, arguments) in enumerate(states):
                     output = self.run_block(index, hidden, arguments)
-                    states[position] = (self.hold(output), arguments)
+                    states[position] = (self.hold(output, hidden), arguments)
         return states
 
     def run_block(self, index: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -133,9 +133,14 @@ class StreamedDecoder:
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
-    def hold(self, hidden: Tensor) -> Tensor:
-        """Return the same values on the host, in memory or in a mapped file."""
-        return self._activations.hold(hidden)
+    def hold(self, hidden: Tensor, instead_of: Tensor | None = None) -> Tensor:
+        """Return the same values on the host, in memory or in a mapped file.
+
+        Args:
+            hidden: values (B, T, H).
+            instead_of: what was held before and is not needed any more; overwritten where it fits.
+        """
+        return self._activations.hold(hidden, instead_of)
 
     def logits(
         self, batches: Sequence[Tensor], outputs: Sequence[Tensor]

@@ -69,7 +69,7 @@ def streamed_perplexity(
             for index in range(len(decoder.blocks)):
                 for position, (hidden, arguments) in enumerate(states):
                     output = decoder.run_block(index, hidden, arguments)
-                    states[position] = (decoder.hold(output), arguments)
+                    states[position] = (decoder.hold(output, hidden), arguments)
                 task.advance()
         outputs = [hidden for hidden, _ in states]
         nats = _negative_log_likelihood(decoder, inputs, outputs, [b[:, 1:] for b in batches])

@@ -474,7 +474,7 @@ class ForgetfulDecoder(TinyDecoder):
         self.blocks[index].load_state_dict(self._stored[index])
         return super().linears(index)
 
-    def hold(self, hidden: Tensor) -> Tensor:
+    def hold(self, hidden: Tensor, instead_of: Tensor | None = None) -> Tensor:
         self.held += 1
         return hidden.half().float()
 

@@ -242,14 +242,18 @@ def test_activations_in_a_file_are_the_same_and_leave_none(
     base, spill = saved(llama), tmp_path / "spill"
     spill.mkdir()
     runs = []
-    for activations in (Activations(), Activations(spill)):
-        decoder = streamed(base, activations)
-        ((hidden, arguments),) = decoder.embed([ids])
-        for index in range(6):
-            with torch.no_grad():
-                hidden = decoder.hold(decoder.run_block(index, hidden, arguments))
-        runs.append(hidden)
-    assert torch.equal(*runs)
+    for again in (False, True):
+        for activations in (Activations(), Activations(spill)):
+            decoder = streamed(base, activations)
+            ((hidden, arguments),) = decoder.embed([ids])
+            place = hidden.data_ptr()
+            for index in range(6):
+                with torch.no_grad():
+                    output = decoder.run_block(index, hidden, arguments)
+                    hidden = decoder.hold(output, hidden if again else None)
+            assert hidden.data_ptr() == place or not again
+            runs.append(hidden)
+    assert all(torch.equal(hidden, runs[0]) for hidden in runs)
     assert list(spill.iterdir()) == []
 
 
@@ -261,6 +265,17 @@ def test_held_activations_give_their_memory_back(tmp_path: Path) -> None:
     assert resident() - before < 32 * 2**20  # of the 256 MiB that are held
     for value, tensor in enumerate(held):
         assert bool((tensor == value).all())
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_what_does_not_fit_is_held_elsewhere(tmp_path: Path, in_file: bool) -> None:
+    store = Activations(tmp_path if in_file else None)
+    values = torch.arange(6.0).reshape(2, 3)
+    strange = [torch.ones(3, 2), torch.ones(2, 3).double(), torch.ones(1, 3).expand(2, 3)]
+    for other in strange:
+        before = other.clone()
+        assert torch.equal(store.hold(values, other), values)
+        assert torch.equal(other, before)
 
 
 def resident() -> int:

@@ -54,7 +54,7 @@ class WholeDecoder:
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
-    def hold(self, hidden: Tensor) -> Tensor:
+    def hold(self, hidden: Tensor, instead_of: Tensor | None = None) -> Tensor:
         """Return ``hidden``: all of it fits into memory."""
         return hidden
 

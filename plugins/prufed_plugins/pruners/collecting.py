@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 States = list[tuple["Tensor", dict[str, Any]]]
 """The hidden states (B, T, H) of every batch, and the arguments of the blocks."""
 
-_POOLED: Final = 2**23
+_POOLED: Final = 2**25
 """Bytes from which on what a forward pass takes is mapped by itself. What is smaller, each batch
 asks for anew, and its pages would take a tenth of the time to come."""
 
 _KEPT: Final = 8
-"""Batches that use the same freed memory again; among hidden states that stay, more is kept of it
-with every batch, until it is given back."""
+"""Batches that use the same freed memory again. Pieces of many sizes never fit quite where others
+were, and more is kept with every batch, until it is given back."""
 
 _EXPERT: Final = re.compile(r"\.experts\.\d+(\.|$)")
 
@@ -272,7 +272,8 @@ class _AllSeenError(Exception):
 
 def _put(decoder: Decoder, index: int, states: States, position: int, output: Tensor) -> None:
     _check_finite(output, f"the outputs of block {index} are not finite")
-    states[position] = (decoder.hold(output), states[position][1])
+    hidden, arguments = states[position]
+    states[position] = (decoder.hold(output, hidden), arguments)
 
 
 def _check_finite(hidden: Tensor, message: str) -> None:

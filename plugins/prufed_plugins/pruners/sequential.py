@@ -12,7 +12,7 @@ statistic per matrix, and each target's mask inside the one before.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Generic, Literal
@@ -159,9 +159,8 @@ class ElementPruner(Generic[S]):
                 elif observed is not None and name not in observed:
                     yield (keep(name, module, "unrouted"),) * len(targets)
                 else:
-                    found = None if observed is None else observed[name]
-                    yield self._prune_matrix(name, module, found, targets, decoder.dtype, dense)
-            observed = found = None  # the next block's statistics are not held beside these
+                    yield self._prune_matrix(name, module, observed, targets, decoder.dtype, dense)
+            observed = None  # the next block's statistics are not held beside these
             if states is not None and more and not dense:
                 advance(decoder, index, states)
             progress("block", index + 1, total)
@@ -174,7 +173,7 @@ class ElementPruner(Generic[S]):
         states: States | None,
         *,
         advancing: bool,
-    ) -> Mapping[str, Observed[S]] | None:
+    ) -> dict[str, Observed[S]] | None:
         if states is None or self._new_statistic is None:
             return None
         return observe(
@@ -191,21 +190,25 @@ class ElementPruner(Generic[S]):
         self,
         name: str,
         module: nn.Module,
-        observed: Observed[S] | None,
+        observed: dict[str, Observed[S]] | None,
         targets: Sequence[PruneTarget],
         dtype: torch.dtype,
         dense: bool,
     ) -> tuple[PrunedMatrix, ...]:
+        """Prune one matrix; what was observed of it is dropped as soon as nothing needs it."""
         matrix = float_matrix(name, module)
+        found = None if observed is None else observed.pop(name)
         results: list[PrunedMatrix] = []
         forced: Tensor | None = None
         for target in targets:
             started = time.perf_counter()
             try:
                 with torch.no_grad():
-                    choice = self._choose(matrix, observed, _target_of(name, target), forced)
+                    choice = self._choose(matrix, found, _target_of(name, target), forced)
             except MethodError as error:
                 raise MethodError(f"{name}: {error.message}", error.hint) from error
+            if len(results) + 1 == len(targets):
+                found = None
             report = _report(choice, target, matrix.shape[1])
             report["seconds"] = time.perf_counter() - started
             results.append(apply(name, module, choice, dtype, report, in_place=not dense))

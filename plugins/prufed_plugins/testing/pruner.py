@@ -131,7 +131,7 @@ class TinyDecoder:
         output: Tensor = self.blocks[index](hidden)
         return output
 
-    def hold(self, hidden: Tensor) -> Tensor:
+    def hold(self, hidden: Tensor, instead_of: Tensor | None = None) -> Tensor:
         """Return the values as they are."""
         return hidden
 
