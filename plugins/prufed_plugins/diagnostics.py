@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prufed_plugins.aggregators.coverage import Buffers
+from prufed_plugins.aggregators.pieces import Buffers
 from prufed_plugins.aggregators.validation import check_facts, in_order, load_part, open_share
 from prufed_plugins.api import GlobalState, Update
 from prufed_plugins.errors import UpdateError

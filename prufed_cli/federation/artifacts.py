@@ -108,7 +108,7 @@ def publish_client(
     Args:
         registry: where.
         client: whose.
-        tensors: by local name, in the client's scale.
+        tensors: by local name, in the client's scale; 0 outside the masks.
         masks: of its factors, by local name.
         residual: what is added to its base beside them, likewise; see :func:`widened`.
         name: of the artifact.
@@ -236,6 +236,7 @@ def read_update(client: Client, artifact: Artifact, base_round: int, *, transpos
         base_masks=None
         if products is None
         else ProductMasks(products, client.kept_layers, transposed=transposed),
+        masks_digest=artifact.manifest.details["masks_digest"] if masks.is_file() else None,
     )
 
 

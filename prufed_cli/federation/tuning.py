@@ -200,6 +200,7 @@ def _payload(
 def _fault(job: Job, result: TuneResult) -> str | None:
     """Return what makes a result no adapter that this client could have trained."""
     given, tensors, rank = job.client.local(job.tensors), result.tensors, job.client.spec.r
+    masks = job.client.local(job.masks)
     if result.rank is not None and not 1 <= result.rank <= rank:
         return f"it says that {result.rank} of its {rank} ranks stay"
     for name in sorted(given.keys() ^ tensors.keys()):
@@ -212,6 +213,8 @@ def _fault(job: Job, result: TuneResult) -> str | None:
             return f"{name} came back as {list(tensor.shape)}, not {list(before.shape)}"
         if not bool(torch.isfinite(tensor).all()):
             return f"its adapter has NaN or infinity in {name}"
+        if name in masks and bool((tensor * ~masks[name]).any()):
+            return f"its adapter has entries of {name} that its mask lacks"
         factor = split_factor(name)[1]
         if factor in resting and not torch.equal(tensor, before.to(tensor.dtype)):
             return f"its {factor} must rest in this round, and {name} came back changed"

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prufed_plugins.aggregators import coverage
+from prufed_plugins.aggregators import pieces
 from prufed_plugins.aggregators.fedavg import FedAvg
 from prufed_plugins.aggregators.heteagg import HeteAgg
 from prufed_plugins.aggregators.heteagg_layer import HeteAggLayer
 from prufed_plugins.aggregators.streaming import Aggregated, aggregate
 from prufed_plugins.api import GlobalState, Update
 from prufed_plugins.errors import UpdateError
-from prufed_plugins.masks import MaskFile, save_masks
+from prufed_plugins.masks import MaskFile, digest, save_masks
 from prufed_plugins.memory import scratch
 from prufed_plugins.params import FedAvgParams, HeteAggLayerParams, HeteAggParams
 from prufed_plugins.tensor_files import TensorFile
@@ -57,7 +57,7 @@ class Whole(Mapping[str, Tensor]):
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> int:
     """Make pieces so short that tiny tensors have several, some of them odd."""
-    monkeypatch.setattr(coverage, "RUN", 7)
+    monkeypatch.setattr(pieces, "RUN", 7)
     return 7
 
 
@@ -73,6 +73,11 @@ def on_disk(update: Update, directory: Path) -> Update:
         return replace(update, tensors=TensorFile(tensors))
     save_masks(masks, update.masks)
     return replace(update, tensors=TensorFile(tensors), masks=MaskFile(masks))
+
+
+def vouched(update: Update) -> Update:
+    """Say what is so: nothing but zeros outside the masks."""
+    return replace(update, masks_digest=digest(update.masks)) if update.masks else update
 
 
 def assert_equal(one: Aggregated, other: Aggregated) -> None:
@@ -119,6 +124,69 @@ def test_pieces_and_files_change_nothing(
     assert_equal(aggregate(METHODS[name](), stored, state), expected)
     mixed = [stored[0], *map(whole, updates[1:])] if stored else []
     assert_equal(aggregate(METHODS[name](), mixed, state), expected)
+
+
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.sampled_from(sorted(METHODS)),
+    st.lists(
+        st.tuples(st.integers(0, 3), st.sets(st.integers(0, 3), min_size=1), st.booleans()),
+        min_size=1,
+        max_size=5,
+    ),
+)
+def test_counts_of_the_round_before_change_nothing(
+    tmp_path: Path, run: int, name: str, rounds: list[tuple[int, set[int], bool]]
+) -> None:
+    """Clients come and go, their values change, and sometimes one has other masks."""
+    method = METHODS[name]()
+    state, first = federation(1)
+    for seed, chosen, other_masks in rounds:
+        updates = []
+        for index in sorted(chosen):
+            fresh = federation(seed)[1][index]
+            masks = (fresh if other_masks and index == max(chosen) else first[index]).masks
+            tensors = {
+                key: tensor if masks is None else torch.where(masks[key], tensor, 0.0)
+                for key, tensor in fresh.tensors.items()
+            }
+            updates.append(replace(fresh, tensors=tensors, masks=masks))
+        if name == "fedavg":
+            updates = [update for update in updates if len(update.kept_layers) == 2]
+        expected = aggregate(METHODS[name](), [whole(update) for update in updates], state)
+        stored = [vouched(on_disk(update, tmp_path)) for update in updates]
+        assert_equal(aggregate(method, stored, state), expected)
+
+
+def test_masks_that_have_not_changed_are_not_read_again(run: int, tmp_path: Path) -> None:
+    state, updates = federation(5)
+    expected = aggregate(METHODS["heteagg"](), updates, state)
+    for is_vouched in (True, False):
+        method = METHODS["heteagg"]()
+        stored = [on_disk(update, tmp_path) for update in updates]
+        stored = list(map(vouched, stored)) if is_vouched else stored
+        assert_equal(aggregate(method, stored, state), expected)
+        for file in tmp_path.glob("*.m"):
+            file.unlink()
+        if is_vouched:
+            assert_equal(aggregate(method, stored, state), expected)
+            continue
+        with pytest.raises(UpdateError, match="client c0: cannot read"):
+            aggregate(method, stored, state)
+
+
+def test_nan_outside_masks_that_are_not_read_is_ignored(run: int, tmp_path: Path) -> None:
+    state, updates = federation(5)
+    name = next(iter(updates[0].tensors))
+    assert updates[0].masks is not None
+    absent = (~updates[0].masks[name]).reshape(-1).nonzero().reshape(-1).tolist()
+    expected = aggregate(METHODS["heteagg"](), updates, state)
+    method = METHODS["heteagg"]()
+    for update in (updates[0], spoil(updates[0], name, absent), updates[0]):
+        stored = [vouched(on_disk(one, tmp_path)) for one in (update, *updates[1:])]
+        assert_equal(aggregate(method, stored, state), expected)
 
 
 def spoil(update: Update, name: str, places: list[int]) -> Update:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prufed_plugins.aggregators.coverage import CoverageSum, select
+from prufed_plugins.aggregators.coverage_sum import CoverageSum, select
 from prufed_plugins.aggregators.fedavg import FedAvg
 from prufed_plugins.aggregators.heteagg import HeteAgg
 from prufed_plugins.aggregators.heteagg_layer import HeteAggLayer

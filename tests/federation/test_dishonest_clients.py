@@ -65,6 +65,8 @@ PLUGIN = dedent(
                     tensors[name] = tensor * float("nan")
                 if self.params.does == "narrow":
                     tensors[name] = tensor[:, :-1].contiguous()
+                if self.params.does == "fills-holes":
+                    tensors[name] = tensor + 1e-3 * (tensor == 0)
             if self.params.does == "unknown-name":
                 tensors["model.nothing.lora_A.weight"] = torch.ones(2, 2)
             file = Path(self.params.place)
@@ -169,6 +171,28 @@ def test_a_client_that_sends_what_it_should_not_is_excluded_and_said(
     [said] = [line for line in result.stderr.splitlines() if "c1 is excluded" in line]
     assert said.startswith("warning: client c1 is excluded from the ")
     assert reason in said
+
+
+def test_entries_that_a_clients_mask_lacks_are_no_update(
+    tmp_path: Path,
+    configuration: Document,
+    write_configuration: Callable[[Document], Path],
+    prufed: Callable[..., subprocess.CompletedProcess[str]],
+    prufed_home: Path,
+) -> None:
+    """The merge relies on it: it leaves masks unread that have not changed."""
+    document = federation(configuration, tmp_path, None, "fills-holes", None)
+    document["adapter"] |= {"preset": "lego-literal"}
+    for client in document["clients"]:
+        client["sparsity"] = 0.5
+    result = prufed("federate", "--clients", str(write_configuration(document)))
+    assert result.returncode == 0, result.stderr
+    [merged] = events(prufed_home, "merged")
+    assert merged["clients"] == ["c0", "c2"]
+    [failed] = events(prufed_home, "client_failed")
+    assert failed["client"] == "c1"
+    assert failed["reason"].startswith("its adapter has entries of model.layers.0.")
+    assert failed["reason"].endswith(" that its mask lacks")
 
 
 def test_a_client_that_returns_the_file_of_another_counts_once(

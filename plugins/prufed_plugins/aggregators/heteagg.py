@@ -12,7 +12,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from prufed_plugins.aggregators.coverage import GlobalShare, coverage_mean
+from prufed_plugins.aggregators.coverage import coverage_mean
+from prufed_plugins.aggregators.coverage_sum import GlobalShare
+from prufed_plugins.aggregators.pieces import Counts
 from prufed_plugins.aggregators.weights import client_weights
 from prufed_plugins.api import GlobalState, Merged, Part, Update
 from prufed_plugins.params import HeteAggParams
@@ -29,6 +31,7 @@ class HeteAgg:
     def __init__(self, params: HeteAggParams) -> None:
         self._params = params
         self._weights: dict[str, float] = {}
+        self._counts = Counts()
         self._global_weight: float | None = None
         self.breaks = _breaks(params)
 
@@ -60,6 +63,7 @@ class HeteAgg:
             min_count=self._params.min_count,
             fallback=self._params.fallback,
             include_global=share,
+            counts=self._counts,
         )
         if not literal:
             return merged

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
-from prufed_plugins.aggregators.coverage import CoverageSum, coverage_mean, finish
+from prufed_plugins.aggregators.coverage import coverage_mean, finish
+from prufed_plugins.aggregators.coverage_sum import CoverageSum
 from prufed_plugins.aggregators.weights import client_weights
 from prufed_plugins.api import GlobalState, Merged, Part, Update
 from prufed_plugins.params import HeteAggLayerParams

@@ -15,7 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from prufed_plugins.aggregators.coverage import CoverageSum, coverage_mean
+from prufed_plugins.aggregators.coverage import coverage_mean
+from prufed_plugins.aggregators.coverage_sum import CoverageSum
 from prufed_plugins.aggregators.validation import load_part
 from prufed_plugins.aggregators.weights import client_weights
 from prufed_plugins.api import GlobalState, Merged, Part, Update

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prufed_plugins.aggregators.coverage import Reader
+from prufed_plugins.aggregators.pieces import Reader
 from prufed_plugins.aggregators.residuals import of_one_rank
 from prufed_plugins.aggregators.validation import (
     check_facts,
@@ -132,7 +132,7 @@ def _merge(
             continue
         current = {key: state.tensors[name] for key, name in names.items()}
         result = aggregator.merge(module, _Parts(holders, names, state), current)
-        _check_result(aggregator, module, result, current)
+        change = _check_result(aggregator, module, result, current)
         for key, name in names.items():
             tensors[name].copy_(result.tensors[key])
             if keep_coverage:
@@ -141,7 +141,7 @@ def _merge(
         merged.residual.update({names[key]: given for key, given in result.residual.items()})
         merged.diagnostics[module] = {
             "clients": float(len(holders)),
-            "update_norm": _distance(result.tensors, current),
+            "update_norm": change,
             **result.diagnostics,
         }
     return merged
@@ -239,8 +239,8 @@ def _reason(error: UpdateError) -> str:
 
 def _check_result(
     aggregator: Aggregator, module: str, result: Merged, current: Mapping[str, Tensor]
-) -> None:
-    """Refuse a result that does not fit the global adapter."""
+) -> float:
+    """Refuse a result that does not fit the global adapter; return the norm of its change."""
     method = type(aggregator).__name__
     hint = "report it to the author of the method; another one is set with --aggregator"
     if result.tensors.keys() != current.keys():
@@ -254,5 +254,10 @@ def _check_result(
                 f"not {old.dtype} of shape {list(old.shape)}",
                 hint,
             )
-        if not is_finite(new):
-            raise MethodError(f"{method} returned NaN or infinity in {module}.{key}", hint)
+    change = _distance(result.tensors, current)
+    odd = (
+        [] if math.isfinite(change) else [k for k, t in result.tensors.items() if not is_finite(t)]
+    )
+    if odd:
+        raise MethodError(f"{method} returned NaN or infinity in {module}.{odd[0]}", hint)
+    return change

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prufed_plugins.aggregators.coverage import Buffers, as_float, select
+from prufed_plugins.aggregators.coverage_sum import as_float, select
+from prufed_plugins.aggregators.pieces import Buffers
 from prufed_plugins.api import GlobalState, Part, Update
 from prufed_plugins.entries import is_finite
 from prufed_plugins.errors import MethodError, UpdateError
@@ -95,6 +96,7 @@ class Share(NamedTuple):
         values: the entries.
         mask: which of them exist; None where all do.
         factor: what brings them into the common scale.
+        masks_digest: as in :class:`Update`.
     """
 
     client: str
@@ -102,9 +104,21 @@ class Share(NamedTuple):
     values: Entries
     mask: Entries | None
     factor: float
+    masks_digest: str | None
+
+    @property
+    def masked(self) -> bool:
+        """Whether the client may lack entries."""
+        return self.mask is not None
 
     def read(
-        self, start: int, stop: int, buffers: Buffers | None = None, *, checked: bool = True
+        self,
+        start: int,
+        stop: int,
+        buffers: Buffers | None = None,
+        *,
+        checked: bool = True,
+        with_mask: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the entries from ``start`` to before ``stop`` and their mask, both flat.
 
@@ -115,7 +129,7 @@ class Share(NamedTuple):
         try:
             own, others = buffers or (None, None)
             values = as_float(self.values.read(start, stop, own))
-            mask = self.mask.read(start, stop, others) if self.mask is not None else None
+            mask = self.mask.read(start, stop, others) if with_mask and self.mask else None
         except MethodError as error:
             raise UpdateError(self.client, error.message, error.hint) from error
         if checked and not is_finite(values):
@@ -148,7 +162,8 @@ def open_share(update: Update, name: str, state: GlobalState) -> Share | None:
     _check_tensor(update, name, values.shape, values.dtype, state)
     if mask is not None:
         _check_mask(update.client, name, mask.shape, mask.dtype, values.shape)
-    return Share(update.client, name, values, mask, _scale(update, state))
+    scale = _scale(update, state)
+    return Share(update.client, name, values, mask, scale, update.masks_digest)
 
 
 def _check_numbers(update: Update) -> None:
