@@ -6,7 +6,7 @@ A method's description must be readable without torch, so nothing here imports i
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -575,6 +575,11 @@ class UserCentricParams(Params):
     )
     batches: int | None = Field(
         default=None, ge=2, description="mini-batches to look at; all of a client's if not set"
+    )
+    streams: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        default=None,
+        description="groups of clients that share a mean, auto: as many as are told apart best; "
+        "every client its own if not set",
     )
 
     @property

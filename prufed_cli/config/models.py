@@ -372,9 +372,10 @@ class FederationConfig(Section):
     )
     evaluate: EvaluateConfig = EvaluateConfig()
     write_back: WriteBackConfig = WriteBackConfig()
-    tier_weight: Literal["none", "inverse-density"] = Field(
+    tier_weight: Literal["none", "inverse-density", "update-norm"] = Field(
         default="none",
-        description="inverse-density: a client with a quarter of the entries weighs four times",
+        description="inverse-density: a client with a quarter of the entries weighs four times; "
+        "update-norm: as much as its product B A is long",
     )
     min_clients: Int = Field(default=1, ge=1, description="updates a round needs in order to count")
     clients: tuple[ClientConfig, ...] = Field(min_length=1)

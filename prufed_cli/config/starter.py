@@ -75,7 +75,8 @@ evaluate:
   clients: false                # also every client's own model
 
 write_back: {share: 0.0}        # how much of its own adapter a client keeps after a round
-tier_weight: none               # inverse-density: the sparser a client, the more it weighs
+tier_weight: none               # inverse-density: the sparser a client, the more it weighs;
+                                # update-norm: the longer its product B A, the more it weighs
 min_clients: 1                  # a round with fewer updates than this does not count
 
 # Each client has a sub-model: by `sparsity`, by `pattern`, by `keep_layers`, or a `base` made

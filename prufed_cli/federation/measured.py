@@ -18,10 +18,11 @@ _TRUST = "trust."
 
 
 def summaries(screened: Screened) -> dict[str, dict[str, float]]:
-    """Return norm and cosine of every update that was merged, and how far it was scaled down."""
-    found = {}
+    """Return norm, cosine and weight of every update, and how far it was scaled down."""
+    found: dict[str, dict[str, float]] = {}
+    weights = {update.client: update.weight for update in screened.updates}
     for client, norm in screened.measured.norms.items():
-        found[client] = {"norm": _short(norm)}
+        found[client] = {"norm": _short(norm), "weight": _short(weights[client])}
         if client in screened.measured.cosines:
             found[client]["cosine"] = _short(screened.measured.cosines[client])
         if client in screened.clipped:

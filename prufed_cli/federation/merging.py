@@ -16,6 +16,7 @@ from prufed_cli.federation.resting import RestingOptimizer, rested, resting_fact
 from prufed_cli.federation.server_state import forget_older, save_state
 from prufed_cli.federation.standing import masks_of
 from prufed_cli.models.adapter_files import WEIGHTS_FILE
+from prufed_plugins.aggregators.norms import weighed_by_norm
 from prufed_plugins.aggregators.streaming import Aggregated, aggregate
 from prufed_plugins.diagnostics import Sending
 from prufed_plugins.screening import Screened, screen
@@ -55,6 +56,9 @@ def merge_round(
         cast("TrustingAggregator", federation.aggregator).trust(own)
     with federation.reporter.task(f"round {index + 1}: merge {len(updates)} adapters"):
         screened = _screen(federation, index, updates)
+        if federation.plan.config.tier_weight == "update-norm":
+            weighed = weighed_by_norm(screened.updates, federation.state)
+            screened = replace(screened, updates=weighed)
         merged = _aggregate(federation, index, screened.updates)
     excluded = {**copied, **screened.excluded, **merged.excluded}
     _report_excluded(federation, index, excluded, len(done))

@@ -186,8 +186,8 @@ def _server(config: FederationConfig, base: str, layers: int | None) -> ClientPl
 
 
 def _tier_weight(config: FederationConfig, name: str, submodel: SubModel) -> float:
-    """Return the factor of the client's tier on its weight."""
-    if config.tier_weight == "none":
+    """Return the factor of the client's tier on its weight, as far as it is known beforehand."""
+    if config.tier_weight != "inverse-density":
         return 1.0
     if submodel.density is None:
         raise PrufedError(

@@ -95,6 +95,8 @@ def weighting(plan: Plan) -> Weighting:
 
 def weight_shares(plan: Plan) -> dict[str, float] | None:
     """Return each client's share of the weight where all train; None where it is not known yet."""
+    if plan.config.tier_weight == "update-norm":
+        return None
     shares = weighting(plan).shares(
         [client.weight for client in plan.clients], [len(client.rows) for client in plan.clients]
     )
@@ -139,7 +141,9 @@ def warnings(plan: Plan) -> Iterator[str]:
             "heteagg lets the global adapter join the mean, which shortens the step before "
             "the server optimizer takes it; aggregator.include_global=false leaves it alone"
         )
-    weighed = [client.name for client in plan.clients if client.weight != plan.clients[0].weight]
+    weighed = plan.config.tier_weight == "update-norm" or any(
+        client.weight != plan.clients[0].weight for client in plan.clients
+    )
     if weighed and not weighting(plan).extra:
         yield (
             f"{plan.config.aggregator.name} does not weigh: weight and tier_weight change nothing "
@@ -194,7 +198,11 @@ def _aggregation(plan: Plan) -> list[str]:
     if parameters.get("include_global") == "auto":
         alone = sum(len(names) == 1 for names in plan.sampled)
         lines.append(f"            the global adapter joins in {alone} of {config.rounds} rounds")
-    tiers = {"none": "no tier weights", "inverse-density": "times 1 / density by tier"}
+    tiers = {
+        "none": "no tier weights",
+        "inverse-density": "times 1 / density by tier",
+        "update-norm": "times the norm of each update's product",
+    }
     lines.append(f"weights     {weighting(plan).words}; {tiers[config.tier_weight]}")
     numbers = sorted({len(names) for names in plan.sampled})
     if numbers != [len(plan.clients)] and weighting(plan).beta is not None:

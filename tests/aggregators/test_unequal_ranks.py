@@ -262,13 +262,36 @@ def test_hetlora_takes_clients_alike_that_have_not_moved() -> None:
 @few
 @given(ranks_of, st.integers(0, 99))
 def test_norms_are_those_of_the_dense_products(ranks: list[int], seed: int) -> None:
-    from prufed_plugins.aggregators.hetlora import update_norms
+    from prufed_plugins.aggregators.norms import update_norms
 
     updates = random_clients(ranks, seed)
     norms = update_norms(updates, state_of(4))
     for update in updates:
         dense = update.scaling * update.tensors[B].double() @ update.tensors[A].double()
         assert norms[update.client] == pytest.approx(float(dense.norm()), rel=1e-5)
+
+
+@few
+@given(st.lists(st.just(2), min_size=1, max_size=4), st.integers(0, 99))
+def test_any_method_can_weigh_by_the_norm_as_hetlora_does(ranks: list[int], seed: int) -> None:
+    from prufed_plugins.aggregators.norms import weighed_by_norm
+
+    updates, state = random_clients(ranks, seed), state_of(2)
+    expected = merged("hetlora", updates, state).tensors
+    found = merged("heteagg", weighed_by_norm(updates, state), state, include_global=False)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found.tensors[name], tensor)
+
+
+def test_an_update_that_cannot_be_read_keeps_its_weight() -> None:
+    from prufed_plugins.aggregators.norms import weighed_by_norm
+
+    one, two, three = random_clients([2, 2, 2], 1)
+    spoiled = replace(two, tensors={A: two.tensors[A] * float("nan"), B: two.tensors[B]})
+    empty = replace(three, tensors={A: three.tensors[A]})
+    weighed = weighed_by_norm([one, spoiled, empty], state_of(2))
+    norm = (one.scaling * one.tensors[B].double() @ one.tensors[A].double()).norm()
+    assert [update.weight for update in weighed] == pytest.approx([float(norm), 1.0, 1.0])
 
 
 # --- all of them ---------------------------------------------------------------------------------

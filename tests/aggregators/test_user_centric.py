@@ -91,6 +91,46 @@ def test_without_noise_every_client_stands_alone() -> None:
     assert weights == {one: {other: float(one == other) for other in "abc"} for one in "abc"}
 
 
+def test_clients_of_one_stream_share_a_mean() -> None:
+    """Two pairs that pull apart, each a little apart in itself: two streams, or one."""
+    rows = [[0.0, 0.0], [0.5, 0.0], [9.0, 0.0], [9.5, 0.0]]
+    gradients = [gradient_of(name, row, 1.0) for name, row in zip("abcd", rows, strict=True)]
+    near = math.exp(-(0.5**2) / 2)
+    alone = method().similarities(gradients, state_of(2))
+    assert alone["a"] == pytest.approx(
+        {"a": 1 / (1 + near), "b": near / (1 + near), "c": 0, "d": 0}
+    )
+    for streams in (2, "auto"):
+        found = method(streams=streams).similarities(gradients, state_of(2))
+        assert found["a"] == found["b"] == pytest.approx({"a": 0.5, "b": 0.5, "c": 0, "d": 0})
+        assert found["c"] == found["d"] == pytest.approx({"a": 0, "b": 0, "c": 0.5, "d": 0.5})
+    for row in method(streams=1).similarities(gradients, state_of(2)).values():
+        assert row == pytest.approx(dict.fromkeys("abcd", 0.25))
+    for streams in (4, 9):
+        assert method(streams=streams).similarities(gradients, state_of(2)) == alone
+
+
+@few
+@given(st.integers(1, 6), st.integers(0, 99), st.sampled_from([1, 2, 3, 50, "auto"]))
+def test_streams_are_at_most_as_many_as_asked_and_rows_still_sum_to_one(
+    number: int, seed: int, streams: int | str
+) -> None:
+    state, gradients = random_gradients(seed, number)
+    weights = method(streams=streams).similarities(gradients, state)
+    assert all(sum(row.values()) == pytest.approx(1.0) for row in weights.values())
+    different = {tuple(row.values()) for row in weights.values()}
+    assert len(different) <= (number if streams == "auto" else min(int(streams), number))
+    assert weights == method(streams=streams).similarities(gradients[::-1], state)
+
+
+@pytest.mark.parametrize("alike", [1, 2, 5])
+def test_streams_of_clients_that_are_all_alike_are_one(alike: int) -> None:
+    gradients = [gradient_of(f"c{i}", [1.0, 2.0], 0.5) for i in range(alike)]
+    for streams in (3, "auto"):
+        for row in method(streams=streams).similarities(gradients, state_of(2)).values():
+            assert row == pytest.approx({f"c{i}": 1 / alike for i in range(alike)})
+
+
 def test_masked_clients_are_compared_on_what_they_share_at_one_scale() -> None:
     """Halving what is looked at halves Δ and σ² alike, so nothing changes."""
     pattern = [1.0, -1.0] * 8

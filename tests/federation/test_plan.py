@@ -138,6 +138,18 @@ def test_tier_weights_are_the_inverse_of_the_density(
     assert any("times 1 / density by tier" in line for line in heading(plan))
 
 
+def test_weights_by_the_norm_are_not_known_before_the_round(
+    tmp_path: Path, configuration: Document
+) -> None:
+    document = {**configuration, "tier_weight": "update-norm"}
+    plan = plan_of(tmp_path, document)
+    assert weight_shares(plan) is None
+    assert any("times the norm of each update's product" in line for line in heading(plan))
+    assert not any("does not weigh" in said for said in warnings(plan))
+    document["aggregator"] = {"name": "median"}
+    assert any("does not weigh" in said for said in warnings(plan_of(tmp_path, document)))
+
+
 # --- warnings ------------------------------------------------------------------------------------
 
 

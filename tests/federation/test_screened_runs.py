@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from prufed_cli.config.documents import validated
 from prufed_cli.errors import PrufedError
 from prufed_cli.federation.federate import FederateResult, federate
 from prufed_cli.main import main
+from prufed_cli.models.adapter_files import load_adapter
 from prufed_cli.progress import Reporter
 from prufed_registry import Registry
 
@@ -102,6 +105,26 @@ def test_too_few_that_pass_stop_the_run(prufed_home: Path, wild: dict[str, Any])
     wild |= {"screen": {"outlier": 100}, "min_clients": 4}
     with pytest.raises(PrufedError, match="round 1 has 3 usable updates of 4, and 4 are needed"):
         run(prufed_home, wild, Told())
+
+
+def test_clients_may_weigh_by_the_norm_of_their_products(
+    prufed_home: Path, configuration: dict[str, Any]
+) -> None:
+    configuration |= {"tier_weight": "update-norm", "rounds": 1}
+    configuration["clients"] = [{"name": "far"}, {"name": "near", "tuner": {"lr": 1e-4}}]
+    configuration["aggregator"] = {"name": "heteagg", "include_global": False}
+    journal = run(prufed_home, configuration, Told()).run
+    [event] = journal.select("merged")
+    weights = {name: said["weight"] for name, said in event["updates"].items()}
+    assert weights["far"] > 10 * weights["near"] > 0
+
+    def tensors(ref: str) -> dict[str, Tensor]:
+        return load_adapter(Registry(prufed_home / "registry").resolve(ref).path)[0]
+
+    sent = {one["client"]: tensors(one["ref"]) for one in journal.select("client")}
+    for name, merged in tensors(event["ref"]).items():
+        expected = sum(weight * sent[client][name] for client, weight in weights.items())
+        torch.testing.assert_close(merged, expected / sum(weights.values()), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("aggregator", ["fedrolex", "fedsa"])

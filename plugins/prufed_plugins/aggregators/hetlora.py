@@ -7,17 +7,15 @@ https://arxiv.org/abs/2401.06432. Truncation is write-back's, self-pruning of ra
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 
 from torch import Tensor
 
 from prufed_plugins.aggregators.coverage import coverage_mean
-from prufed_plugins.aggregators.products import factors
+from prufed_plugins.aggregators.norms import norm_weights
 from prufed_plugins.aggregators.ranks import padded
 from prufed_plugins.aggregators.weights import client_weights
-from prufed_plugins.aggregators.whole import module_parts
 from prufed_plugins.api import GlobalState, Merged, Part, Update
 from prufed_plugins.params import HetLoraParams
 
@@ -52,31 +50,6 @@ class HetLoRA:
             self._weights(),
             absent_as_zero=self._params.normalize == "zeros",
         )
-
-
-def norm_weights(updates: Sequence[Update], state: GlobalState) -> dict[str, float]:
-    """Return weight_i · ‖B_i A_i‖_F by client; the weights alone where every norm is zero."""
-    weights = client_weights(updates, 0.0)
-    norms = update_norms(updates, state)
-    if not any(norms.values()):
-        return weights
-    # a weight of zero is no weight: a client that has not moved counts, but moves nothing
-    least = max(norms.values()) * 1e-12
-    return {client: weight * max(norms[client], least) for client, weight in weights.items()}
-
-
-def update_norms(updates: Sequence[Update], state: GlobalState) -> dict[str, float]:
-    """Return ‖B_i A_i‖_F over all modules by client, in the common scale.
-
-    ‖B A‖² = Σ (BᵀB) ∘ (A Aᵀ), so that no d x k matrix is formed.
-    """
-    squares: dict[str, float] = defaultdict(float)
-    for _, _, parts in module_parts(updates, state):
-        for part in parts:
-            one = factors(part)
-            gram = (one.left.mT @ one.left) * (one.right @ one.right.mT)
-            squares[part.client] += float(gram.sum())
-    return {client: max(square, 0.0) ** 0.5 for client, square in squares.items()}
 
 
 def _breaks(params: HetLoraParams) -> dict[str, str]:

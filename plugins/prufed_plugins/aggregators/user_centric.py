@@ -1,8 +1,7 @@
 """User-centric aggregation: every client gets the mean of those whose data pull as its own do.
 
 Mestoukirdi et al., "User-Centric Federated Learning: Trading off Wireless Resources for
-Personalization", https://arxiv.org/abs/2304.12930. The paper also groups clients into streams, to
-spare the downlink; here every client has a stream of its own.
+Personalization", https://arxiv.org/abs/2304.12930.
 """
 
 from __future__ import annotations
@@ -10,11 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from prufed_plugins.aggregators.coverage import coverage_mean
+from prufed_plugins.aggregators.coverage_sum import Array
 from prufed_plugins.aggregators.distances import pairwise_distances
 from prufed_plugins.aggregators.ranks import padded
 from prufed_plugins.aggregators.validation import read_mask
@@ -34,6 +36,9 @@ class UserCentric:
     Clients alike up to the noise of a mini-batch share alike; one unlike all others keeps its own.
     Two clients are compared on the entries that both have, Δ scaled to all entries as σ² is; with
     less than 5 % in common they share nothing.
+
+    To spare the downlink, clients whose rows of w are near one another share a mean: ``streams``
+    groups, found by k-means on the rows, each with the mean of its rows.
 
     There is no global model in the paper: the global adapter is the plain mean over the clients
     that have each entry, for evaluation, and no client is given it. Ranks, layers and masks may
@@ -70,6 +75,8 @@ class UserCentric:
             for gradient in ordered
         ]
         weights = _weights(distances, torch.tensor(deviations, dtype=torch.float64))
+        if self._params.streams is not None:
+            weights = in_streams(weights, self._params.streams)
         names = [gradient.update.client for gradient in ordered]
         return {
             name: dict(zip(names, row, strict=True))
@@ -112,6 +119,36 @@ def present(update: Update) -> int:
         update.tensors[name].numel() if mask is None else int(mask.sum())
         for name, mask in masks.items()
     )
+
+
+def in_streams(weights: Tensor, streams: int | Literal["auto"]) -> Tensor:
+    """Return w with every row replaced by the mean row of its group.
+
+    Args:
+        weights: w (n, n).
+        streams: how many groups to make at most; ``auto`` takes the number, from 2 to n - 1, at
+            which the mean silhouette is largest, and leaves rows alone where none is above 0.
+    """
+    from sklearn.cluster import KMeans
+    from sklearn.metrics import silhouette_score
+
+    rows = weights.numpy()
+    different = len(np.unique(rows, axis=0))
+
+    def groups(number: int) -> Array:
+        found: Array = KMeans(number, n_init=10, random_state=0).fit_predict(rows)
+        return found
+
+    if streams != "auto":
+        labels = groups(min(streams, different))
+    else:
+        tried = [groups(number) for number in range(2, min(different, len(rows) - 1) + 1)]
+        scores = [float(silhouette_score(rows, labels)) for labels in tried]
+        if max(scores, default=0.0) <= 0:
+            return weights
+        labels = tried[scores.index(max(scores))]
+    means = np.stack([rows[labels == label].mean(axis=0) for label in labels])
+    return torch.from_numpy(means)
 
 
 def _weights(distances: Tensor, deviations: Tensor) -> Tensor:
