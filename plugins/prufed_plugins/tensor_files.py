@@ -13,6 +13,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -43,7 +44,6 @@ class _Entry(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     begin: int  # in bytes, after the header
-    end: int
 
 
 class Buffer:
@@ -142,7 +142,7 @@ class TensorFile(Mapping[str, Tensor]):
             MethodError: the dtype is not supported; on reading, the file has become shorter or
                 unreadable.
         """
-        stated, shape, begin, _ = self._entries[name]
+        stated, shape, begin = self._entries[name]
         if stated not in _DTYPES:
             raise MethodError(
                 f"{name} in {self._path} has dtype {stated}", "save it as F32, F16 or BF16"
@@ -181,14 +181,20 @@ def _read_header(path: Path) -> tuple[int, dict[str, _Entry]]:
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
         header: dict[str, Any] = json.loads(file.read(length))
     header.pop("__metadata__", None)
-    # interned and in tuples, since a round keeps the header of every client
+    # in tuples, and what is equal once, since a round keeps the header of every client
     entries = {
         sys.intern(name): _Entry(
-            sys.intern(entry["dtype"]), tuple(entry["shape"]), *entry["data_offsets"]
+            sys.intern(entry["dtype"]), _once(tuple(entry["shape"])), entry["data_offsets"][0]
         )
         for name, entry in header.items()
     }
     return _LENGTH_BYTES + length, entries
+
+
+@lru_cache(maxsize=1024)
+def _once(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the first of all equal shapes."""
+    return shape
 
 
 def _read_into(view: memoryview, path: str, offset: int) -> None:
