@@ -19,6 +19,7 @@ from prufed_cli.models.decoder import (
 )
 from prufed_cli.models.skeleton import Skeleton, place
 from prufed_cli.models.stored import StoredTensor, read_header
+from prufed_plugins.products import WideLinears
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -127,7 +128,8 @@ class StreamedDecoder:
         self._load(index)
         call: BlockCall = arguments[ARGUMENTS][index]
         try:
-            output: Any = self.blocks[index](hidden.to(self.device), *call.args, **call.kwargs)
+            with WideLinears():
+                output: Any = self.blocks[index](hidden.to(self.device), *call.args, **call.kwargs)
         finally:  # what observes a block may stop it
             self._activations.rest(hidden)
         result: Tensor = output[0] if isinstance(output, tuple) else output
@@ -168,7 +170,7 @@ class StreamedDecoder:
                 for part in parts:
                     place(model, part, self._cast(part, self._stored(part).rows(first, last)))
                 for position, (batch, output) in enumerate(zip(batches, outputs, strict=True)):
-                    with replaced_forwards(self.blocks, self._always(output)):
+                    with replaced_forwards(self.blocks, self._always(output)), WideLinears():
                         found = model(input_ids=batch.to(self.device), use_cache=False).logits
                     yield position, first, found
             for part in parts:

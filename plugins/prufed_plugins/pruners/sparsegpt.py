@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import torch
 
 from prufed_plugins.entries import count
+from prufed_plugins.products import add_product, product
 from prufed_plugins.pruners.fused_block import can_fuse, prune_columns
 from prufed_plugins.pruners.hessian import Factor, InputHessian, inverse_of_upper
 from prufed_plugins.pruners.matrices import Choice
@@ -184,21 +185,22 @@ def _sweep(values: Tensor, factor: Factor, rule: _Rule, width: int) -> tuple[Ten
     pattern = rule.target.pattern
     block = _Block.make(min(width, columns), rows, pattern, values.device)
     for panel in _forwards(0, columns, max(PANEL // width, 1) * width):
-        torch.mm(upper[: panel.start, panel].t(), change[: panel.start], out=change[panel])
+        pushes = product(upper[: panel.start, panel].t(), change[: panel.start])
         for part in _forwards(panel.start, panel.stop, width):
-            pushed, done = change[part], slice(panel.start, part.start)
-            pushed.addmm_(upper[done, part].t(), change[done])
+            pushed = pushes[part.start - panel.start : part.stop - panel.start]
+            done = slice(panel.start, part.start)
+            add_product(pushed, upper[done, part].t(), change[done])
             inverse = inverse_of_upper(upper[part, part])  # U_BB
             if part.stop - part.start < block.width:
                 block = _Block.make(
                     part.stop - part.start, rows, rule.target.pattern, values.device
                 )
-            torch.addmm(values[part], inverse.t(), pushed, out=block.current)
+            torch.add(values[part], product(inverse.t(), pushed), out=block.current)
             with _one_thread():
                 _prune_block(block, inverse, rule.of(part), pruned[part])
             diagonal = inverse.diagonal()
             costs[part] = _squares(block.removed) / diagonal.square()
-            torch.sub(values[part], block.current, out=pushed)
+            torch.sub(values[part], block.current, out=change[part])
             values[part] = block.current
     return pruned, costs - factor.added * _squares(change)
 

@@ -1,0 +1,133 @@
+"""Float32 matrix products on a CPU, at the full width of its vectors.
+
+torch leaves them to MKL, which uses AVX-512 on Intel's processors alone: on others that have it,
+half their speed is lost. oneDNN, which torch brings for half precision and convolutions, uses it on
+all of them. Everywhere else these functions are torch's own.
+"""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from torch import Tensor
+
+SMALLEST: Final = 2**20
+"""Multiply-adds from which on a product is worth the ten microseconds that oneDNN prepares it."""
+
+LARGEST_PIECE: Final = 2048
+SMALLEST_PIECE: Final = 128
+"""Sides of the pieces that products are cut into: powers of two between these, so that there are
+few shapes. For each shape it meets, oneDNN keeps half a megabyte of instructions."""
+
+_HEIGHT: Final = 512
+"""Rows of a product that are made at once, before they are added to others."""
+
+
+@cache
+def mkl_is_narrow() -> bool:
+    """Return whether this processor has wider vectors than MKL makes use of on it."""
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    mkl, onednn = torch.backends.mkl, torch.backends.mkldnn
+    brought = mkl.is_available() and onednn.is_available()  # type: ignore[no-untyped-call]
+    return wide and brought and "GenuineIntel" not in _processor()
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Return left·right, (m, k) by (k, n)."""
+    if not _suits(left, right):
+        return torch.mm(left, right)
+    first = next(pieces(0, left.shape[1]))
+    weight = _dense(right[first].t())
+    parts = [linear(left[outer, first], weight) for outer in pieces(0, left.shape[0], _HEIGHT)]
+    result = parts[0] if len(parts) == 1 else torch.cat(parts)
+    add_product(result, left[:, first.stop :], right[first.stop :])
+    return result
+
+
+def add_product(to: Tensor, left: Tensor, right: Tensor, sign: int = 1) -> None:
+    """Add ±left·right, (m, k) by (k, n), to a matrix (m, n) in place."""
+    if not _suits(left, right):
+        to.addmm_(left, right, alpha=sign)
+        return
+    for inner in pieces(0, left.shape[1]):
+        weight = _dense(right[inner].t())
+        for outer in pieces(0, left.shape[0], _HEIGHT):
+            part = left[outer, inner]
+            if min(part.shape) < SMALLEST_PIECE:
+                to[outer].addmm_(part, right[inner], alpha=sign)
+            else:  # oneDNN has no product that adds in place
+                to[outer].add_(linear(part, weight), alpha=sign)
+
+
+def pieces(start: int, stop: int, largest: int = LARGEST_PIECE) -> Iterator[slice]:
+    """Cut a range into powers of two, as large as may be, and what is left below the smallest."""
+    while start < stop:
+        size = min(largest, 1 << (stop - start).bit_length() - 1)
+        end = start + size if size >= SMALLEST_PIECE else stop
+        yield slice(start, end)
+        start = end
+
+
+def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x·Wᵀ + b by oneDNN: inputs (…, k), weight (n, k), bias (n,), all float32 on a CPU.
+
+    It is the operator that torch's own compiler makes of a linear layer.
+    """
+    operator = torch.ops.mkldnn._linear_pointwise.default
+    result: Tensor = operator(inputs, _dense(weight), bias, "none", [], "")
+    return result
+
+
+class WideLinears(TorchFunctionMode):
+    """While this context is entered, linear layers without gradients run by :func:`linear`.
+
+    It covers what ``nn.Linear`` and GPT-2's ``Conv1D`` call, wherever :func:`mkl_is_narrow`.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run one of torch's functions."""
+        if not kwargs and not torch.is_grad_enabled():
+            if func is functional.linear and _suits(args[0], args[1].t()):
+                return linear(*args)
+            if func is torch.addmm and args[0].dim() == 1 and _suits(args[1], args[2]):
+                return linear(args[1], args[2].t(), args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def _suits(left: Tensor, right: Tensor) -> bool:
+    """Return whether oneDNN does (…, k) by (k, n) faster than MKL."""
+    return (
+        left.dim() > 1
+        and right.dim() == 2
+        and left.dtype == right.dtype == torch.float32
+        and left.device.type == right.device.type == "cpu"
+        and left.numel() * right.shape[-1] >= SMALLEST
+        and mkl_is_narrow()
+    )
+
+
+def _dense(weight: Tensor) -> Tensor:
+    """Return a matrix without gaps between its rows or columns: with them, oneDNN takes forever."""
+    return weight if weight.is_contiguous() or weight.t().is_contiguous() else weight.contiguous()
+
+
+def _processor() -> str:
+    """Return what the system says of the processor, its vendor included."""
+    linux = Path("/proc/cpuinfo")
+    return linux.read_text() if linux.exists() else platform.processor()
