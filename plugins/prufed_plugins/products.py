@@ -25,7 +25,7 @@ SMALLEST: Final = 2**20
 """Multiply-adds from which on a product is worth the ten microseconds that oneDNN prepares it."""
 
 LARGEST_PIECE: Final = 2048
-SMALLEST_PIECE: Final = 128
+SMALLEST_PIECE: Final = 32
 """Sides of the pieces that products are cut into: powers of two between these, so that there are
 few shapes. For each shape it meets, oneDNN keeps half a megabyte of instructions."""
 

@@ -10,8 +10,8 @@ formed: with D = W − W' on the finished columns, the columns B of the next blo
 
 which is what the pushed errors would have made of them. Most of that product is taken for a panel
 of several blocks at once. Matrices are kept transposed, so that a column of W is contiguous, and
-inside a block each column gathers the errors before it when its turn comes instead of being
-rewritten after every one.
+inside a block each half of a range of columns takes the errors of the other half by one product,
+down to a few columns, each of which gathers the errors before it when its turn comes.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 PANEL: Final = 512
 """Columns that take the errors of all earlier ones by one product, large enough for full speed."""
 
-GATHERED: Final = 16
-"""Columns that take the errors of earlier ones by one product before they go one by one."""
+GROUP: Final = 16
+"""Columns whose turns come one by one, where no pattern groups them."""
 
 
 class SparseGPT(ElementPruner[InputHessian]):
@@ -233,18 +233,15 @@ class _Group(NamedTuple):
     current: Tensor  # (m, rows)
     gone: Tensor  # (m, rows)
     removed: Tensor  # (m, rows)
-    earlier: Tensor | None  # (k, rows), what was removed of the columns of its span before it
-    pushes: Tensor  # (m, k), what they push onto it
     columns: Sequence[_Column]
 
 
-class _Span(NamedTuple):
-    """Groups that take the errors of all columns before them by one product."""
+class _Push(NamedTuple):
+    """What half of a range of columns, now finished, pushes onto the other half."""
 
-    current: Tensor  # (s, rows)
-    earlier: Tensor | None  # (k, rows), what was removed of the columns of the block before it
-    pushes: Tensor  # (s, k), what they push onto it
-    groups: Sequence[_Group]
+    later: Tensor  # (b, rows), current
+    pushes: Tensor  # (b, a)
+    earlier: Tensor  # (a, rows), removed
 
 
 @dataclass(frozen=True)
@@ -259,7 +256,7 @@ class _Block:
         gone: (width, rows), 1 where an entry goes, else 0.
         removed: (width, rows), the values that go, w − w'.
         pushes: (width, width), −U_ij/U_ii at [j, i]: what column i pushes onto a later column j.
-        spans: the order of work; nothing where one kernel does it.
+        steps: the order of work, a group's turns or a push; nothing where one kernel does it.
     """
 
     width: int
@@ -267,7 +264,7 @@ class _Block:
     gone: Tensor
     removed: Tensor
     pushes: Tensor
-    spans: Sequence[_Span]
+    steps: Sequence[_Group | _Push]
 
     @classmethod
     def make(
@@ -279,8 +276,7 @@ class _Block:
         if can_fuse(width, pattern, device):
             return cls(width, current, gone, removed, pushes, ())
 
-        def group(part: slice, span: slice) -> _Group:
-            before = slice(span.start, part.start)
+        def group(part: slice) -> _Group:
             turns = [
                 _Column(
                     current[index],
@@ -291,27 +287,21 @@ class _Block:
                 )
                 for index in range(part.start, part.stop)
             ]
-            return _Group(
-                part,
-                current[part],
-                gone[part],
-                removed[part],
-                removed[before] if before.stop > before.start else None,
-                pushes[part, before],
-                turns,
-            )
+            return _Group(part, current[part], gone[part], removed[part], turns)
 
-        size = GATHERED if pattern is None else pattern[1]
-        spans = [
-            _Span(
-                current[span],
-                removed[: span.start] if span.start else None,
-                pushes[span, : span.start],
-                [group(part, span) for part in _forwards(span.start, span.stop, size)],
-            )
-            for span in _forwards(0, width, max(GATHERED // size, 1) * size)
-        ]
-        return cls(width, current, gone, removed, pushes, spans)
+        def steps(start: int, stop: int) -> Iterator[_Group | _Push]:
+            groups = -(-(stop - start) // size)
+            if groups == 1:
+                yield group(slice(start, stop))
+                return
+            middle = start + (1 << (groups - 1).bit_length() - 1) * size
+            yield from steps(start, middle)
+            earlier, later = slice(start, middle), slice(middle, stop)
+            yield _Push(current[later], pushes[later, earlier], removed[earlier])
+            yield from steps(middle, stop)
+
+        size = GROUP if pattern is None else pattern[1]
+        return cls(width, current, gone, removed, pushes, list(steps(0, width)))
 
 
 def _prune_block(block: _Block, inverse: Tensor, rule: _Rule, pruned: Tensor) -> None:
@@ -331,7 +321,7 @@ def _prune_block(block: _Block, inverse: Tensor, rule: _Rule, pruned: Tensor) ->
         # what will be removed is not known yet: its place takes the scores
         scores = _scores(block.current, squares, rule, out=block.removed)
         _select(scores, rule, out=block.gone)
-    if not block.spans:
+    if not block.steps:
         prune_columns(
             block.current,
             block.gone,
@@ -342,26 +332,20 @@ def _prune_block(block: _Block, inverse: Tensor, rule: _Rule, pruned: Tensor) ->
             rule.free,
             rule.forced,
         )
-    for span in block.spans:
-        _gather(span)
-        for group in span.groups:
-            _gather(group)
-            if pattern is not None:
-                part = group.part
-                scores = _scores(group.current, squares[part], rule.of(part), out=group.removed)
-                smallest_members(scores, min(pattern[0], len(scores)), out=group.gone)
-            for column in group.columns:
-                if column.earlier is not None:
-                    column.current.addmv_(column.earlier, column.pushes)
-                torch.mul(column.current, column.gone, out=column.removed)
+    for step in block.steps:
+        if isinstance(step, _Push):
+            add_product(step.later, step.pushes, step.earlier)
+            continue
+        if pattern is not None:
+            part = step.part
+            scores = _scores(step.current, squares[part], rule.of(part), out=step.removed)
+            smallest_members(scores, min(pattern[0], len(scores)), out=step.gone)
+        for column in step.columns:
+            if column.earlier is not None:
+                column.current.addmv_(column.earlier, column.pushes)
+            torch.mul(column.current, column.gone, out=column.removed)
     pruned.view(torch.uint8).copy_(block.gone)  # several times as fast as converting into bool
     block.current.sub_(block.removed)
-
-
-def _gather(later: _Span | _Group) -> None:
-    """Push the errors of finished columns onto some later ones, in place."""
-    if later.earlier is not None:
-        later.current.addmm_(later.pushes, later.earlier)
 
 
 def _scores(current: Tensor, squares: Tensor, rule: _Rule, out: Tensor) -> Tensor:
