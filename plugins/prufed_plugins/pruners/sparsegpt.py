@@ -273,35 +273,38 @@ class _Block:
         """Take the memory for blocks of this shape."""
         current, gone, removed = (torch.empty(width, rows, device=device) for _ in range(3))
         pushes = torch.empty(width, width, device=device)
+        block = cls(width, current, gone, removed, pushes, ())
         if can_fuse(width, pattern, device):
-            return cls(width, current, gone, removed, pushes, ())
-
-        def group(part: slice) -> _Group:
-            turns = [
-                _Column(
-                    current[index],
-                    gone[index],
-                    removed[index],
-                    removed[part.start : index].t() if index > part.start else None,
-                    pushes[index, part.start : index],
-                )
-                for index in range(part.start, part.stop)
-            ]
-            return _Group(part, current[part], gone[part], removed[part], turns)
-
-        def steps(start: int, stop: int) -> Iterator[_Group | _Push]:
-            groups = -(-(stop - start) // size)
-            if groups == 1:
-                yield group(slice(start, stop))
-                return
-            middle = start + (1 << (groups - 1).bit_length() - 1) * size
-            yield from steps(start, middle)
-            earlier, later = slice(start, middle), slice(middle, stop)
-            yield _Push(current[later], pushes[later, earlier], removed[earlier])
-            yield from steps(middle, stop)
-
+            return block
         size = GROUP if pattern is None else pattern[1]
-        return cls(width, current, gone, removed, pushes, list(steps(0, width)))
+        return replace(block, steps=list(_steps(block, 0, width, size)))
+
+
+def _steps(block: _Block, start: int, stop: int, size: int) -> Iterator[_Group | _Push]:
+    """Order the work on a range of columns: one half, what it pushes onto the other, the other."""
+    groups = -(-(stop - start) // size)
+    if groups == 1:
+        yield _group(block, slice(start, stop))
+        return
+    middle = start + (1 << (groups - 1).bit_length() - 1) * size
+    earlier, later = slice(start, middle), slice(middle, stop)
+    yield from _steps(block, start, middle, size)
+    yield _Push(block.current[later], block.pushes[later, earlier], block.removed[earlier])
+    yield from _steps(block, middle, stop, size)
+
+
+def _group(block: _Block, part: slice) -> _Group:
+    turns = [
+        _Column(
+            block.current[index],
+            block.gone[index],
+            block.removed[index],
+            block.removed[part.start : index].t() if index > part.start else None,
+            block.pushes[index, part.start : index],
+        )
+        for index in range(part.start, part.stop)
+    ]
+    return _Group(part, block.current[part], block.gone[part], block.removed[part], turns)
 
 
 def _prune_block(block: _Block, inverse: Tensor, rule: _Rule, pruned: Tensor) -> None:
