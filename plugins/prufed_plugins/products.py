@@ -29,6 +29,10 @@ SMALLEST_PIECE: Final = 32
 """Sides of the pieces that products are cut into: powers of two between these, so that there are
 few shapes. For each shape it meets, oneDNN keeps half a megabyte of instructions."""
 
+REGULAR: Final = 128
+"""Tokens of a linear layer are not cut where they are a multiple of this, as in whole batches;
+those that a router sends to an expert come in any number."""
+
 _HEIGHT: Final = 512
 """Rows of a product that are made at once, before they are added to others."""
 
@@ -104,10 +108,22 @@ class WideLinears(TorchFunctionMode):
         """Run one of torch's functions."""
         if not kwargs and not torch.is_grad_enabled():
             if func is functional.linear and _suits(args[0], args[1].t()):
-                return linear(*args)
+                return _linear_layer(*args)
             if func is torch.addmm and args[0].dim() == 1 and _suits(args[1], args[2]):
-                return linear(args[1], args[2].t(), args[0])
+                return _linear_layer(args[1], args[2].t(), args[0])
         return func(*args, **(kwargs or {}))
+
+
+def _linear_layer(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x·Wᵀ + b in few shapes, however many tokens there are."""
+    tokens = inputs.reshape(-1, inputs.shape[-1])
+    if tokens.shape[0] % REGULAR == 0:
+        return linear(inputs, weight, bias)
+    parts = []
+    for part in pieces(0, tokens.shape[0]):
+        compute = functional.linear if part.stop - part.start < SMALLEST_PIECE else linear
+        parts.append(compute(tokens[part], weight, bias))
+    return torch.cat(parts).reshape(*inputs.shape[:-1], -1)
 
 
 def _suits(left: Tensor, right: Tensor) -> bool:

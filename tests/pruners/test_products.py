@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -118,7 +120,7 @@ def test_intel_processors_keep_torchs_own_products() -> None:
 
 @wide_only
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(3, 130, 200), (390, 200), (200,)])
+@pytest.mark.parametrize("shape", [(3, 130, 200), (390, 200), (2, 64, 200), (41, 200), (200,)])
 def test_linear_layers_give_what_they_gave(shape: tuple[int, ...], bias: bool) -> None:
     torch.manual_seed(0)
     layer, x = nn.Linear(200, 9000, bias), random(*shape)
@@ -132,7 +134,7 @@ def test_linear_layers_give_what_they_gave(shape: tuple[int, ...], bias: bool) -
 @wide_only
 def test_gpt2s_layers_give_what_they_gave() -> None:
     torch.manual_seed(0)
-    layer, x = Conv1D(900, 200), random(2, 70, 200)
+    layer, x = Conv1D(900, 200), random(2, 64, 200)
     with torch.no_grad():
         expected = layer(x)
         with WideLinears():
@@ -169,3 +171,16 @@ def test_arguments_by_name_are_torchs() -> None:
     with torch.no_grad(), WideLinears():
         found = functional.linear(input=x, weight=weight)
     assert torch.equal(found, functional.linear(x, weight))
+
+
+@wide_only
+@pytest.mark.skipif(sys.platform != "linux", reason="reads memory as Linux counts it")
+def test_any_number_of_tokens_takes_no_more_memory() -> None:
+    """As many as a router sends to an expert: a shape of its own would keep half a megabyte."""
+    layer = nn.Linear(128, 128)
+    with torch.no_grad(), WideLinears():
+        layer(random(2048, 128))
+        before = psutil.Process().memory_info().rss
+        for tokens in range(100, 1100):
+            layer(random(tokens, 128))
+    assert psutil.Process().memory_info().rss - before < 64 * 2**20
