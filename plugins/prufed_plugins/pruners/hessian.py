@@ -88,7 +88,7 @@ class InputHessian:
     def add(self, inputs: Tensor) -> None:
         """Add the inputs (tokens, columns) of one batch."""
         for some in torch.split(inputs, ADDED):
-            x = some.float().t().contiguous()  # (columns, tokens), so that panels are dense
+            x = some.t().contiguous().float()  # (columns, tokens), so that panels are dense
             for panel in pieces(0, self.columns, PANEL):
                 for part in pieces(panel.start, self.columns):
                     add_product(self._sum[panel, part], x[panel], x[part].t())
