@@ -50,12 +50,14 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     """Return left·right, (m, k) by (k, n)."""
     if not _suits(left, right):
         return torch.mm(left, right)
-    first = next(pieces(0, left.shape[1]))
-    weight = _dense(right[first].t())
-    parts = [linear(left[outer, first], weight) for outer in pieces(0, left.shape[0], _HEIGHT)]
-    result = parts[0] if len(parts) == 1 else torch.cat(parts)
-    add_product(result, left[:, first.stop :], right[first.stop :])
-    return result
+    first, *rest = ((inner, _dense(right[inner].t())) for inner in pieces(0, left.shape[1]))
+    parts = []
+    for outer in pieces(0, left.shape[0], _HEIGHT):
+        total = linear(left[outer, first[0]], first[1])
+        for inner, weight in rest:
+            total = linear(left[outer, inner], weight, plus=total)
+        parts.append(total)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def add_product(to: Tensor, left: Tensor, right: Tensor, sign: int = 1) -> None:
@@ -82,13 +84,19 @@ def pieces(start: int, stop: int, largest: int = LARGEST_PIECE) -> Iterator[slic
         start = end
 
 
-def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(
+    inputs: Tensor, weight: Tensor, bias: Tensor | None = None, plus: Tensor | None = None
+) -> Tensor:
     """Return x·Wᵀ + b by oneDNN: inputs (…, k), weight (n, k), bias (n,), all float32 on a CPU.
 
-    It is the operator that torch's own compiler makes of a linear layer.
+    It is the operator that torch's own compiler makes of a linear layer. ``plus`` (…, n) is added.
     """
-    operator = torch.ops.mkldnn._linear_pointwise.default
-    result: Tensor = operator(inputs, _dense(weight), bias, "none", [], "")
+    operator = torch.ops.mkldnn._linear_pointwise
+    weight = _dense(weight)
+    if plus is None:
+        result: Tensor = operator.default(inputs, weight, bias, "none", [], "")
+    else:
+        result = operator.binary(inputs, plus, weight, bias, "add")
     return result
 
 
