@@ -21,7 +21,7 @@ PANEL: Final = 512
 of the full product's work."""
 
 ADDED: Final = 1024
-"""Tokens that are added at once, and turned for that."""
+"""Tokens that are turned and added at once on a CPU."""
 
 SHARES: Final = 8
 SPACING: Final = 32
@@ -87,12 +87,20 @@ class InputHessian:
 
     def add(self, inputs: Tensor) -> None:
         """Add the inputs (tokens, columns) of one batch."""
-        for some in torch.split(inputs, ADDED):
-            x = some.t().contiguous().float()  # (columns, tokens), so that panels are dense
+        if inputs.device.type == "cpu":
+            for some in torch.split(inputs, ADDED):
+                self._add_turned(some.t().contiguous().float())
+        else:  # a few large products, which keep a device busy
+            x = inputs.float()
             for panel in pieces(0, self.columns, PANEL):
-                for part in pieces(panel.start, self.columns):
-                    add_product(self._sum[panel, part], x[panel], x[part].t())
+                self._sum[panel, panel.start :].addmm_(x[:, panel].t(), x[:, panel.start :])
         self.tokens += inputs.shape[0]
+
+    def _add_turned(self, x: Tensor) -> None:
+        """Add the inputs (columns, tokens): turned like this, panels of them are dense."""
+        for panel in pieces(0, self.columns, PANEL):
+            for part in pieces(panel.start, self.columns):
+                add_product(self._sum[panel, part], x[panel], x[part].t())
 
     def second_moments(self) -> Tensor:
         """Return the mean of x_v² over tokens, (columns,)."""
