@@ -19,6 +19,7 @@ from prufed_plugins.aggregators.weights import client_weights
 from prufed_plugins.aggregators.whole import module_parts
 from prufed_plugins.api import GlobalState, Merged, Part, Update
 from prufed_plugins.params import TiesParams
+from prufed_plugins.quickselect import kth_smallest
 
 
 class Ties:
@@ -81,7 +82,7 @@ def threshold(update: Update, state: GlobalState, density: float) -> float:
     kept = max(1, int(density * everything.size + 1e-9))
     if kept >= everything.size:
         return 0.0
-    return float(np.partition(everything, everything.size - kept)[everything.size - kept])
+    return float(kth_smallest(everything, everything.size - kept + 1))
 
 
 def elected_mean(changes: Tensor, kept: Tensor, weights: Tensor) -> Tensor:

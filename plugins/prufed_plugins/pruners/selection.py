@@ -18,6 +18,7 @@ import torch
 from prufed_plugins.entries import count as count_true
 from prufed_plugins.errors import MethodError
 from prufed_plugins.masks import removed_count
+from prufed_plugins.quickselect import kth_smallest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,7 +110,7 @@ def smallest_transposed(scores: Tensor, count: int, out: Tensor | None = None) -
     out = torch.empty_like(scores, dtype=torch.bool) if out is None else out
     if count == 0:
         return out.zero_()
-    torch.le(scores, _kth_of_all(scores, count, out), out=out)
+    torch.le(scores, _kth_of_all(scores, count), out=out)
     if _marked(out) == count:
         return out
     columns, rows = scores.shape
@@ -130,7 +131,7 @@ def at_most_threshold(scores: Tensor, sparsity: float, out: Tensor | None = None
     out = torch.empty_like(scores, dtype=torch.bool) if out is None else out
     entries = scores.numel()
     rank = min(int(entries * sparsity) + 1, entries)
-    return torch.le(scores, _kth_of_all(scores, rank, out), out=out)
+    return torch.le(scores, _kth_of_all(scores, rank), out=out)
 
 
 def _marked(out: Tensor) -> int:
@@ -142,6 +143,8 @@ def _marked(out: Tensor) -> int:
 
 def _kth_smallest(scores: Tensor, count: int) -> Tensor:
     """Return the ``count``-th smallest score of each row, (rows, 1)."""
+    if scores.shape[0] == 1:
+        return _kth_of_all(scores, count).reshape(1, 1)
     if scores.device.type != "cpu":
         return scores.kthvalue(count, dim=-1, keepdim=True).values
     # numpy selects with vector instructions, several times faster than torch on the CPU.
@@ -149,13 +152,11 @@ def _kth_smallest(scores: Tensor, count: int) -> Tensor:
     return torch.from_numpy(ordered[..., count - 1 : count].copy())  # lets the others go
 
 
-def _kth_of_all(scores: Tensor, count: int, spare: Tensor) -> Tensor:
-    """Return the ``count``-th smallest of all scores, a scalar; ``spare`` may be overwritten."""
-    if scores.device.type != "cpu" or spare.dtype != scores.dtype:
-        return _kth_smallest(scores.reshape(1, -1), count).squeeze()
-    ordered = spare.copy_(scores).view(-1)  # fresh pages would take as long as the selection
-    ordered.numpy().partition(count - 1)
-    return ordered[count - 1].clone()
+def _kth_of_all(scores: Tensor, count: int) -> Tensor:
+    """Return the ``count``-th smallest of all scores, a scalar."""
+    if scores.device.type != "cpu":
+        return scores.reshape(-1).kthvalue(count).values
+    return torch.tensor(kth_smallest(scores.reshape(-1).numpy(), count), dtype=scores.dtype)
 
 
 def _drop_late_ties(chosen: Tensor, scores: Tensor, threshold: Tensor, count: int) -> None:
