@@ -199,9 +199,10 @@ def test_damping_rises_until_the_factor_exists_and_is_reported() -> None:
     assert factor.retries == 1
 
 
-def test_the_factor_after_a_retry_is_that_of_its_damping() -> None:
-    hessian = hessian_of(correlated(2000, 700))  # several panels, the last of them not full
-    hessian[650, 650] = -0.05 * hessian.diagonal().mean()
+@pytest.mark.parametrize("failing", [690, 300, 10])
+def test_the_factor_after_a_retry_is_that_of_its_damping(failing: int) -> None:
+    hessian = hessian_of(correlated(2000, 700))
+    hessian[failing, failing] = -0.05 * hessian.diagonal().mean()  # all after it is factored first
     raised = factorize(hessian.clone(), 1e-4)
     straight = factorize(hessian.clone(), raised.damping)
     assert raised.retries > 0

@@ -30,9 +30,13 @@ SPACING: Final = 32
 LARGEST_DAMPING: Final = 1.0
 
 WIDE: Final = 512
-NARROW: Final = 128
-"""Columns that a product of the factorization updates: the wide ones run at full speed, the narrow
-ones keep what lies between them small."""
+"""Columns that a product updates: enough for full speed, and few of them below the diagonal."""
+
+LEAF: Final = 256
+"""Columns that are factored as one, by LAPACK."""
+
+LONGEST: Final = 1024
+"""Finished columns that are taken into one product, and copied for it."""
 
 
 class InputNorms:
@@ -174,7 +178,7 @@ def factorize(hessian: Tensor, damping: float) -> Factor:
     while True:
         added = damping * scale
         hessian.diagonal().copy_(diagonal + added)
-        if _eliminate(hessian):
+        if _eliminate(hessian, 0, hessian.shape[0]):
             return Factor(hessian, dead, damping, added, retries)
         if damping >= LARGEST_DAMPING:
             raise MethodError(
@@ -187,37 +191,40 @@ def factorize(hessian: Tensor, damping: float) -> Factor:
         _mirror(hessian.t())
 
 
-def _eliminate(matrix: Tensor) -> bool:
+def _eliminate(matrix: Tensor, start: int, stop: int) -> bool:
     """Overwrite the upper triangle of a symmetric matrix with R, where matrix = R·Rᵀ.
 
-    The Cholesky factorization from the last columns to the first. It is left-looking: a column
-    takes what all later ones subtract from it in one product per wide panel, and then per narrow
-    one, so that nearly all of the work is large products.
+    The Cholesky factorization from the last columns to the first, of those from ``start`` to
+    ``stop``: the later half of them is factored, what it accounts for is subtracted from the other
+    half, and that is factored. So nearly all of the work is large products.
 
     Returns:
         Whether the matrix is positive definite; if not, its upper triangle is spoilt.
     """
-    columns = matrix.shape[0]
-    for panel in _backwards(0, columns, WIDE):
-        _subtract(matrix, panel, columns)
-        for part in _backwards(panel.start, panel.stop, NARROW):
-            _subtract(matrix, part, panel.stop)
-            corner = matrix[part, part]
-            lower, failed = torch.linalg.cholesky_ex(corner.flip(0, 1))
-            if int(failed):
-                return False
-            corner.copy_(lower.flip(0, 1) + corner.tril(-1))
-            above = matrix[: part.start, part]
-            above.copy_(product(above, inverse_of_upper(corner).t()))
+    if stop - start <= LEAF:
+        return _eliminate_leaf(matrix, slice(start, stop))
+    leaves = -(-(stop - start) // LEAF)
+    middle = stop - (1 << (leaves - 1).bit_length() - 1) * LEAF
+    if not _eliminate(matrix, middle, stop):
+        return False
+    for finished in pieces(middle, stop, LONGEST):
+        rows = matrix[:middle, finished].contiguous()
+        for panel in pieces(start, middle, WIDE):
+            turned = rows[panel].t()
+            add_product(matrix[: panel.start, panel], rows[: panel.start], turned, sign=-1)
+            matrix[panel, panel].sub_(product(rows[panel], turned).triu())
+    return _eliminate(matrix, start, middle)
+
+
+def _eliminate_leaf(matrix: Tensor, part: slice) -> bool:
+    corner = matrix[part, part]
+    lower, failed = torch.linalg.cholesky_ex(corner.flip(0, 1))
+    if int(failed):
+        return False
+    corner.copy_(lower.flip(0, 1) + corner.tril(-1))
+    above = matrix[: part.start, part]
+    above.copy_(product(above, inverse_of_upper(corner).t()))
     return True
-
-
-def _subtract(matrix: Tensor, part: slice, done: int) -> None:
-    """Subtract from some columns what the finished ones between them and ``done`` account for."""
-    if part.stop < done:
-        rows = matrix[part, part.stop : done]
-        later = matrix[: part.stop, part.stop : done]
-        add_product(matrix[: part.stop, part], later, rows.t(), sign=-1)
 
 
 def inverse_of_upper(upper: Tensor) -> Tensor:
