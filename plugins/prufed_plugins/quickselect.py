@@ -52,7 +52,7 @@ def _between(values: npt.NDArray[Any], k: int) -> tuple[npt.NDArray[Any], int] |
     for start in range(0, values.size, PIECE):
         piece = values[start : start + PIECE]
         inside = piece > low
-        below += piece.size - np.count_nonzero(inside)
+        below += piece.size - int(np.count_nonzero(inside))
         inside &= piece <= high
         candidates.append(np.compress(inside, piece))
     found = np.concatenate(candidates)
