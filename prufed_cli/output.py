@@ -122,7 +122,12 @@ class _LineTask(Task):
     def __init__(self, description: str) -> None:
         self.description = description
 
-    def update(self, description: str | None = None, total: float | None = None) -> None:
+    def update(
+        self,
+        description: str | None = None,
+        total: float | None = None,
+        completed: float | None = None,
+    ) -> None:
         """Keep the newest description for the closing line."""
         self.description = description or self.description
 
@@ -186,9 +191,13 @@ class _BarTask(Task):
         """Move the bar."""
         self._progress.advance(self._identifier, steps)
 
-    def update(self, description: str | None = None, total: float | None = None) -> None:
-        """Change the text or the length of the bar."""
-        if description is not None:
-            self._progress.update(self._identifier, description=description)
-        if total is not None:
-            self._progress.update(self._identifier, total=total)
+    def update(
+        self,
+        description: str | None = None,
+        total: float | None = None,
+        completed: float | None = None,
+    ) -> None:
+        """Change the text, the length or the place of the bar."""
+        self._progress.update(
+            self._identifier, description=description, total=total, completed=completed
+        )

@@ -13,8 +13,13 @@ class Task:
     def advance(self, steps: float = 1) -> None:
         """Report that ``steps`` more are done."""
 
-    def update(self, description: str | None = None, total: float | None = None) -> None:
-        """Change what is being done, or how much of it there is."""
+    def update(
+        self,
+        description: str | None = None,
+        total: float | None = None,
+        completed: float | None = None,
+    ) -> None:
+        """Change what is being done, how much of it there is, or how much of that is done."""
 
 
 class Reporter:

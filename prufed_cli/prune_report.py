@@ -58,7 +58,7 @@ class MatrixEntry(BaseModel):
 
 
 class PerplexityEntry(BaseModel):
-    """Perplexity on one text, of the base and of the sub-model; None where it is infinite."""
+    """Perplexity on one text, of the base and of the sub-model; None where it is not finite."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -217,7 +217,8 @@ def _note(matrix: MatrixEntry) -> str:
         return f"{_LEFT}: excluded"
     said = []
     if matrix.damping_retries:
-        said.append(f"{10**matrix.damping_retries:g} times the damping asked for")
+        to = "" if matrix.damping is None else f" to {matrix.damping:g}"
+        said.append(f"damping raised{to}")
     if matrix.partial_group:
         said.append(f"the last group has {matrix.partial_group:.0f} columns")
     return "; ".join(said)
@@ -369,7 +370,7 @@ def score_label(artifact: Artifact) -> str:
 def perplexity_line(entry: PerplexityEntry) -> str:
     """Return the perplexity before and after as a sentence."""
     before, after = (
-        "infinite" if value is None else f"{value:.4f}" for value in (entry.base, entry.pruned)
+        "not finite" if value is None else f"{value:.4f}" for value in (entry.base, entry.pruned)
     )
     return f"perplexity on {entry.file} ({entry.tokens} tokens): {before} before, {after} after"
 

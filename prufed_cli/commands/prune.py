@@ -163,7 +163,11 @@ def _summary(result: PruneResult) -> str:
     else:
         text = f"sparsity {details['sparsity']:.2%} of the decoder matrices, as counted"
     if scores := result.report.get("perplexity"):
-        text += f"; perplexity {scores['base']:.4g} before, {scores['pruned']:.4g} after"
+        before, after = (
+            "not finite" if scores[key] is None else f"{scores[key]:.4g}"
+            for key in ("base", "pruned")
+        )
+        text += f"; perplexity {before} before, {after} after"
     return "; ".join([text, *_remarks(result.report)])
 
 

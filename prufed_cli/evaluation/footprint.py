@@ -16,7 +16,8 @@ class Footprint:
     Attributes:
         parameters: entries of all parameters, a tied one once.
         bytes: of the parameters as loaded.
-        matrix_entries: entries of the decoder's linear weights (no embedding, no output head).
+        matrix_entries: entries of the decoder's linear weights, those of experts included (no
+            embedding, no output head).
         matrix_zeros: how many of those are exactly zero.
     """
 
@@ -43,6 +44,7 @@ def measure_footprint(model: PreTrainedModel) -> Footprint:
         for module in model.modules()
         if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
     ]
+    matrices += [each for each in parameters if each.dim() == 3]  # of experts, one above the other
     return Footprint(
         parameters=sum(parameter.numel() for parameter in parameters),
         bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters),

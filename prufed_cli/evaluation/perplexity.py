@@ -41,6 +41,34 @@ class Perplexity:
     bytes: int
     window: int
 
+    @classmethod
+    def of_likelihood(cls, nats: float, tokens: int, text: TextFile, window: int) -> Perplexity:
+        """Return what a summed negative log-likelihood comes to.
+
+        Args:
+            nats: over all scored tokens.
+            tokens: how many were scored.
+            text: what they are the tokens of.
+            window: tokens of input per window.
+        """
+        size = len(text.text.encode())
+        mean = nats / tokens
+        value = math.inf if mean >= 700 else math.exp(mean)
+        return cls(value, nats / math.log(2) / size, tokens, size, window)
+
+    def checked(self) -> Perplexity:
+        """Return the same.
+
+        Raises:
+            PrufedError: the likelihood is not finite.
+        """
+        if not math.isfinite(self.bits_per_byte):
+            raise PrufedError(
+                "the model's likelihood of the text is not a number",
+                "its weights hold NaN or infinity, or its dtype overflows: try --dtype float32",
+            )
+        return self
+
 
 @dataclass(frozen=True)
 class TextFile:
@@ -111,17 +139,7 @@ def measure_perplexity(
         for batch in batches:
             total += _negative_log_likelihood(model, batch)
             task.advance()
-    scored = len(tokens) - 1
-    if not bool(torch.isfinite(total)):
-        raise PrufedError(
-            "the model's likelihood of the text is not a number",
-            "its weights hold NaN or infinity, or its dtype overflows: try --dtype float32",
-        )
-    nats = float(total)
-    size = len(text.text.encode())
-    mean = nats / scored
-    value = math.exp(mean) if mean < 700 else math.inf
-    return Perplexity(value, nats / math.log(2) / size, scored, size, length)
+    return Perplexity.of_likelihood(float(total), len(tokens) - 1, text, length).checked()
 
 
 def model_window(model: PreTrainedModel) -> int:

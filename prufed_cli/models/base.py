@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -142,10 +143,10 @@ def _from_hub(repository: str, registry: Registry) -> Artifact:
     return fetch_base(repository, registry)
 
 
-def slug(text: str) -> str:
-    """Return a valid artifact name made from any text."""
-    name = re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-._")[:64]
-    name = name or "model"
+def slug(text: str, longest: int = 64) -> str:
+    """Return a valid artifact name made from any text, cut where it is too long."""
+    name = re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-._")
+    name = name[:longest].rstrip("-._") or "model"
     if len(name) == 1 or name == "latest" or re.fullmatch(r"v\d+", name):
         name = f"model-{name}"
     return name
@@ -201,15 +202,34 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
 
 
 def stored_dtype(artifact: Artifact) -> torch.dtype:
-    """Return the dtype a model artifact's weights are kept in."""
+    """Return the dtype in which most of a model artifact's weights are stored.
+
+    Raises:
+        PrufedError: it has no weights, or none in floating point.
+    """
+    from prufed_cli.models.checkpoint import find_tensors, refuse_packed_matrices
+
+    tensors = find_tensors(artifact.path, artifact.ref)
+    refuse_packed_matrices(tensors, artifact.ref)
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in tensors.values():
+        if tensor.is_floating_point:
+            sizes[tensor.dtype] += tensor.size
+    if not sizes:
+        raise PrufedError(
+            f"{artifact.ref} has no weights in floating point",
+            f"`prufed verify {artifact.ref}` checks its files",
+        )
+    return sizes.most_common(1)[0][0]
+
+
+def stated_dtype(artifact: Artifact) -> str | None:
+    """Return what a model's configuration says its dtype is, without a prefix; None if nothing."""
     import json
 
-    import torch
-
     config = json.loads((artifact.path / "config.json").read_text(encoding="utf-8"))
-    name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    dtype = getattr(torch, name.removeprefix("torch."), None)
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+    stated = config.get("dtype") or config.get("torch_dtype")
+    return str(stated).removeprefix("torch.") if stated else None
 
 
 def share_cores(parameters: int) -> None:

@@ -89,6 +89,11 @@ class StoredTensor:
             )
         return DTYPES[self.code]
 
+    @property
+    def is_floating_point(self) -> bool:
+        """Whether it holds floating-point numbers that can be computed with."""
+        return self.code in DTYPES and DTYPES[self.code].is_floating_point
+
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the whole tensor, in a dtype of its own or in another one."""
         entries = math.prod(self.shape)

@@ -14,7 +14,6 @@ from prufed_plugins.errors import MethodError
 from prufed_plugins.masks import mask_metadata, pack
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from prufed_plugins.api import PrunedMatrix
@@ -83,9 +82,7 @@ class BlockStore:
 
     def _begin(self, made: int, index: int) -> _OpenBlock:
         names = self._decoder.parameters(index)
-        return _OpenBlock(
-            index, self._work.block(made, index), self._skeleton, names, self._decoder.dtype
-        )
+        return _OpenBlock(index, self._work.block(made, index), self._skeleton, names)
 
     def _released(self, index: int) -> None:
         if self._open and self._open[0].index == index:
@@ -125,15 +122,11 @@ class _OpenBlock:
         place: WorkBlock,
         skeleton: Skeleton,
         names: Sequence[str],
-        dtype: torch.dtype,
     ) -> None:
         self.index = index
         self.place = place
         self._stored = {name: skeleton.stored[name] for name in names}
-        specs = {
-            name: Spec(dtype if one.dtype.is_floating_point else one.dtype, one.shape)
-            for name, one in self._stored.items()
-        }
+        specs = {name: Spec(one.dtype, one.shape) for name, one in self._stored.items()}
         self._writer = TensorWriter(place.weights, specs).__enter__()
         self._masks: dict[str, Tensor] = {}
         self._facts: dict[str, Any] = {"rows": [], "shapes": {}, "kept": {}}

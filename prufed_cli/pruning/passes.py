@@ -9,9 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
+import torch
+
 from prufed_cli import interrupts
-from prufed_cli.errors import Interrupted
-from prufed_cli.evaluation.perplexity import Perplexity
+from prufed_cli.errors import USAGE, Interrupted, PrufedError
+from prufed_cli.evaluation.perplexity import Perplexity, check_token_ids
 from prufed_cli.models.activations import Activations
 from prufed_cli.models.base import share_cores
 from prufed_cli.models.skeleton import Skeleton, open_skeleton
@@ -20,7 +22,7 @@ from prufed_cli.pruning.blocks import BlockStore
 from prufed_cli.pruning.job import Job
 from prufed_cli.pruning.plan import Plan, in_batches, make_plan, warn_of_few_tokens
 from prufed_cli.pruning.publish import Outcome, masked_outcome, publish, sliced_outcome
-from prufed_cli.pruning.scores import check_tokens, perplexity_report
+from prufed_cli.pruning.scores import perplexity_report
 from prufed_cli.pruning.work import Work, take_work
 from prufed_plugins.api import KeptLayers, PrunedMatrix, PruneTarget
 from prufed_plugins.errors import MethodError
@@ -85,8 +87,34 @@ def _open(job: Job) -> tuple[Skeleton, StreamedDecoder]:
     if options.device.type == "cpu":
         share_cores(skeleton.model.num_parameters())
     if job.calibration is not None:
-        check_tokens(skeleton.model, max(int(each.max()) for each in job.calibration.batches))
-    return skeleton, StreamedDecoder(skeleton, job.dtype, options.device, Activations())
+        check_token_ids(skeleton.model, max(int(each.max()) for each in job.calibration.batches))
+    decoder = StreamedDecoder(skeleton, job.dtype, options.device, Activations())
+    if job.pruner.result == "masked":
+        _check_dtype(job, skeleton, decoder)
+    return skeleton, decoder
+
+
+def _check_dtype(job: Job, skeleton: Skeleton, decoder: StreamedDecoder) -> None:
+    """Refuse to compute in a dtype that the weights that stay would be rounded to.
+
+    Raises:
+        PrufedError: as said, with the first such matrix.
+    """
+    compute = job.options.compute
+    for index in range(len(decoder.blocks)):
+        for name in decoder.shapes(index):
+            stored = skeleton.stored[f"{name}.weight"].dtype
+            if torch.promote_types(stored, compute) != compute:
+                raise PrufedError(
+                    f"{_bare(compute)} would round {name}.weight of {job.base.ref}, which is "
+                    f"stored in {_bare(stored)}",
+                    f"compute in its own dtype: --dtype {_bare(stored)}",
+                    USAGE,
+                )
+
+
+def _bare(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _prune(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, work: Work) -> Sequence[Outcome]:
@@ -102,18 +130,15 @@ def _prune(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, work: Work) -
     if finished:
         job.reporter.note(f"resuming after block {finished} of {total}")
     with job.reporter.task(f"prune with {job.method}", total=total) as task:
-        task.advance(finished)
+        task.update(completed=finished)
 
         def progress(what: str, done: int, of: int) -> None:
             interrupts.check()
-            task.update(f"prune with {job.method}: {what} {done}/{of}", total=of)
-            task.advance()
+            task.update(f"prune with {job.method}: {what} {done}/{of}", total=of, completed=done)
 
         try:
             if job.pruner.result == "sliced":
-                for result in job.pruner.prune(decoder, _batches(job), _target(job), progress):
-                    if isinstance(result, KeptLayers):
-                        return [sliced_outcome(job, skeleton, result)]
+                return [sliced_outcome(job, skeleton, _kept_layers(job, decoder, progress))]
             if store.finished < total:
                 for results in _results(job, decoder, work, progress):
                     store.take(results)
@@ -123,6 +148,21 @@ def _prune(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, work: Work) -
         finally:
             store.discard()
     return [masked_outcome(job, skeleton, work, index) for index in range(len(job.made))]
+
+
+def _kept_layers(job: Job, decoder: StreamedDecoder, progress: Progress) -> KeptLayers:
+    """Return the one result of a layer pruner.
+
+    Raises:
+        MethodError: the pruner gave none, several, or something else.
+    """
+    results = list(job.pruner.prune(decoder, _batches(job), job.made[0].target, progress))
+    if len(results) != 1 or not isinstance(results[0], KeptLayers):
+        raise MethodError(
+            f"the pruner {job.method} prunes layers, but did not say once which to keep",
+            f"`prufed plugins check {job.method}` says what it has to do",
+        )
+    return results[0]
 
 
 def _results(
@@ -135,7 +175,11 @@ def _results(
         yield from pruner.prune_nested(decoder, _batches(job), targets, progress)
         return
     for result in job.pruner.prune(decoder, _batches(job), targets[0], progress):
-        assert isinstance(result, PrunedMatrix)
+        if not isinstance(result, PrunedMatrix):
+            raise MethodError(
+                f"the pruner {job.method} prunes matrices, but gave a {type(result).__name__}",
+                f"`prufed plugins check {job.method}` says what it has to do",
+            )
         yield (result,)
 
 
@@ -156,8 +200,7 @@ def _surveyed(job: Job, decoder: StreamedDecoder, work: Work) -> Sequence[PruneT
                 if not tasks:  # a pruner that has nothing to look for says nothing
                     opened = job.reporter.task("survey the model", total=of)
                     tasks.append(stack.enter_context(opened))
-                tasks[0].update(f"{what} {done}/{of}", total=of)
-                tasks[0].advance()
+                tasks[0].update(f"{what} {done}/{of}", total=of, completed=done)
 
             return {"targets": [vars(one) for one in _survey(job, decoder, progress)]}
 
@@ -184,16 +227,12 @@ def _batches(job: Job) -> Sequence[Any] | None:
     return job.calibration.batches if job.calibration else None
 
 
-def _target(job: Job) -> PruneTarget:
-    return job.made[0].target
-
-
 def _scorer(job: Job, work: Work) -> Callable[[Path], dict[str, Any]]:
     """Return what scores a written sub-model; the base is scored here."""
     text, score = job.text, job.score
     if text is None or score is None:
         return lambda directory: {}
-    base = Perplexity(**work.answer("perplexity", lambda: asdict(score(job.base.path))))
+    base = Perplexity(**work.answer("perplexity", lambda: asdict(score(job.base.path).checked())))
     return lambda directory: perplexity_report(text, base, score(directory))
 
 

@@ -9,10 +9,10 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from prufed_cli.model_card import licence, render_card
-from prufed_cli.models.base import MASKS_FILE
+from prufed_cli.models.base import MASKS_FILE, stated_dtype
 from prufed_cli.models.skeleton import Skeleton
 from prufed_cli.models.stored import Spec, StoredTensor, TensorWriter, read_header, write_checkpoint
 from prufed_cli.pruning.job import REPORT_FILE, Job, Made
@@ -26,7 +26,15 @@ if TYPE_CHECKING:
     from prufed_plugins.api import KeptLayers
     from prufed_registry import Artifact
 
-_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth")
+_LONGEST_NAME: Final = 96
+
+_WEIGHTS = (
+    *(".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth"),
+    *(".h5", ".h5.index.json", ".msgpack", ".msgpack.index.json", ".ckpt", ".npz", ".pkl"),
+    *(".gguf", ".ggml", ".onnx", ".onnx_data", ".mlmodel", ".tflite", ".engine"),
+)
+"""How the names of weight files end, whatever the format: those of the base stay behind."""
+
 _NOT_COPIED = {"config.json", "generation_config.json", "prufed.json", "README.md", REPORT_FILE}
 
 
@@ -178,10 +186,13 @@ def read_report(artifact: Artifact) -> dict[str, Any]:
 
 
 def default_name(base: Artifact, request: PruneRequest) -> str:
-    """Return e.g. ``llama-7b-sparsegpt-75``: what it was, how, and how much was removed."""
+    """Return e.g. ``llama-7b-sparsegpt-75``: what it was, how, and how much was removed.
+
+    Where that is too long, the base's name is cut.
+    """
     from prufed_cli.models.base import slug
 
-    parts = [base.name, request.method]
+    parts = [request.method]
     if request.sparsity is not None:
         parts.append(percent(request.sparsity))
     if request.pattern is not None:
@@ -191,17 +202,16 @@ def default_name(base: Artifact, request: PruneRequest) -> str:
     for key, value in sorted((request.settings or {}).items()):
         if key in {"keep", "drop"}:
             parts.append(f"{key}{value}")
-    return slug("-".join(parts))
+    how = slug("-".join(parts))
+    return f"{slug(base.name, max(_LONGEST_NAME - len(how) - 1, 2))}-{how}"
 
 
 def _write(directory: Path, job: Job, outcome: Outcome) -> None:
-    """Write weights in the base's own dtype, its tokenizer files as they are, and the masks."""
-    specs = {
-        name: Spec(job.dtype if one.dtype.is_floating_point else one.dtype, one.shape)
-        for name, one in outcome.tensors.items()
-    }
+    """Write every weight in its own dtype, the tokenizer's files as they are, and the masks."""
+    specs = {name: Spec(one.dtype, one.shape) for name, one in outcome.tensors.items()}
     write_checkpoint(directory, specs, outcome.tensors.__getitem__, job.options.largest_file)
-    _write_configuration(directory, outcome.model, str(job.dtype).removeprefix("torch."))
+    stated = stated_dtype(job.base) or str(job.dtype).removeprefix("torch.")
+    _write_configuration(directory, outcome.model, stated)
     copy_tokenizer(job.base.path, directory)
     if outcome.masks:
         _write_masks(directory / MASKS_FILE, outcome)

@@ -15,6 +15,7 @@ from prufed_cli.progress import SILENT, Reporter
 from prufed_cli.pruning.request import PruneRequest, method_settings
 
 if TYPE_CHECKING:
+    import torch
     from pydantic import BaseModel
 
     from prufed_cli.evaluation.perplexity import TextFile
@@ -57,7 +58,7 @@ def full_recipe(
     method: Mapping[str, Any],
     calibration: Calibration | None,
     text: TextFile | None,
-    dtype: str,
+    dtype: torch.dtype,
     nested: Sequence[float | None] | None,
 ) -> dict[str, Any]:
     """Return the recipe of one sub-model.
@@ -67,7 +68,7 @@ def full_recipe(
         method: :func:`method_recipe` of it.
         calibration: what it is calibrated with.
         text: what it is scored on; the scores are stored with it.
-        dtype: what it is computed in, as asked for.
+        dtype: what it is computed in.
         nested: the sparsities of all sub-models of the pass, where they lie inside one another.
     """
     recipe: dict[str, Any] = {
@@ -78,7 +79,7 @@ def full_recipe(
             "pattern": request.pattern,
             "layers": request.layers,
         },
-        "dtype": dtype,
+        "dtype": str(dtype).removeprefix("torch."),
     }
     if nested is not None:
         recipe["nested"] = list(nested)

@@ -7,9 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prufed_cli.evaluation.perplexity import LONGEST_WINDOW, Perplexity, TextFile, tokenize, windows
+from prufed_cli.evaluation.perplexity import (
+    Perplexity,
+    TextFile,
+    check_token_ids,
+    model_window,
+    tokenize,
+    windows,
+)
 from prufed_cli.models.activations import Activations
-from prufed_cli.models.base import context_length, load_tokenizer
+from prufed_cli.models.base import load_tokenizer
 from prufed_cli.models.skeleton import open_skeleton
 from prufed_cli.models.streaming import StreamedDecoder
 from prufed_cli.progress import SILENT, Reporter
@@ -37,6 +44,8 @@ def streamed_perplexity(
 ) -> Perplexity:
     """Score a text as :func:`prufed_cli.evaluation.perplexity.measure_perplexity` does.
 
+    A likelihood that is not finite is no error here: it would cost a finished prune.
+
     Args:
         directory: the model, the base itself or what was made of it.
         base: whose tokenizer it has.
@@ -47,7 +56,7 @@ def streamed_perplexity(
         reporter: told how far it is.
 
     Raises:
-        PrufedError: as there.
+        PrufedError: fewer than two tokens, or a token the model has no embedding for.
     """
     import torch
 
@@ -55,8 +64,8 @@ def streamed_perplexity(
     skeleton = open_skeleton(directory, base.ref, options.compute, trust_remote_code=trust)
     model = skeleton.model
     tokens = tokenize(load_tokenizer(base, trust_remote_code=trust), text)
-    check_tokens(skeleton.model, int(tokens.max()))
-    length = min(context_length(model) or LONGEST_WINDOW, LONGEST_WINDOW)
+    check_token_ids(model, int(tokens.max()))
+    length = model_window(model)
     batches = list(windows(tokens, length, max(1, _BATCH_TOKENS // length)))
     held = len(tokens) * model.config.get_text_config().hidden_size * options.compute.itemsize
     budget = options.max_memory or available_memory()
@@ -73,22 +82,7 @@ def streamed_perplexity(
                 task.advance()
         outputs = [hidden for hidden, _ in states]
         nats = _negative_log_likelihood(decoder, inputs, outputs, [b[:, 1:] for b in batches])
-    scored = len(tokens) - 1
-    size = len(text.text.encode())
-    mean = nats / scored
-    value = math.exp(mean) if mean < 700 else math.inf
-    return Perplexity(value, nats / math.log(2) / size, scored, size, length)
-
-
-def check_tokens(model: Any, largest: int) -> None:
-    """Refuse a token that a model without weights has no embedding for.
-
-    Raises:
-        PrufedError: the largest token is out of range.
-    """
-    from prufed_cli.evaluation.perplexity import check_token_ids
-
-    check_token_ids(model, largest)
+    return Perplexity.of_likelihood(nats, len(tokens) - 1, text, length)
 
 
 def perplexity_report(text: TextFile, base: Perplexity, pruned: Perplexity) -> dict[str, Any]:

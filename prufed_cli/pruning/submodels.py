@@ -143,27 +143,27 @@ def _job(requests: Sequence[PruneRequest], options: PruneOptions) -> Job:
     from prufed_cli.pruning.work import sweep
 
     reporter = options.get("reporter", SILENT)
-    dtype = options.get("dtype", "auto")
     nested = options.get("nested", False)
     requests, targets, pruner = _checked(requests, nested)
     first = requests[0]
     method = method_recipe(first, reporter)
     device = choose_device(options.get("device", "auto"))
-    compute = choose_dtype(dtype, device)
+    chosen = choose_dtype(options.get("dtype", "auto"), device)
     text = read_text(Path(first.perplexity)) if first.perplexity else None
     registry = options.get("registry") or open_registry()
     base = find_base(first.base, registry, reporter)
     reporter.note(f"base {base.ref}")
+    stored = stored_dtype(base)
+    compute = stored if isinstance(chosen, str) else chosen
     calibration = _calibration(first, pruner, base, options, reporter)
     together = [request.sparsity for request in requests] if nested else None
     made = tuple(
-        Made(request, target, full_recipe(request, method, calibration, text, dtype, together))
+        Made(request, target, full_recipe(request, method, calibration, text, compute, together))
         for request, target in zip(requests, targets, strict=True)
     )
-    stored = stored_dtype(base)
     how = Options(
         device,
-        stored if isinstance(compute, str) else compute,
+        compute,
         trust_remote_code=options.get("trust_remote_code", False),
         max_memory=options.get("max_memory"),
         largest_file=options.get("largest_file", LARGEST_FILE),
@@ -266,10 +266,8 @@ def _known(job: Job, made: Made) -> Artifact | None:
     from prufed_registry import Parent, fingerprint
 
     parents = [Parent(ref=job.base.ref, digest=job.base.digest)]
-    known = job.registry.find(fingerprint("pruned", parents, made.recipe), kind="pruned")
-    if known is None or made.request.name not in {None, known.name}:
-        return None
-    return known
+    recipe = fingerprint("pruned", parents, made.recipe)
+    return job.registry.find(recipe, kind="pruned", name=made.request.name)
 
 
 def _reused(job: Job, known: Artifact) -> PruneResult:

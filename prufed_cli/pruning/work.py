@@ -131,7 +131,7 @@ def sweep(workplace: Path) -> None:
 
     oldest = time.time() - KEPT_SECONDS
     for path in workplace.glob("*/"):
-        if max(file.stat().st_mtime for file in (path, *path.iterdir())) >= oldest:
+        if _touched(path) >= oldest:
             continue
         lock = FileLock(_lock_of(path), timeout=0)
         try:
@@ -142,6 +142,14 @@ def sweep(workplace: Path) -> None:
         _lock_of(path).unlink(missing_ok=True)
         lock.release()
     _remove_empty(workplace)
+
+
+def _touched(path: Path) -> float:
+    """Return when a directory or a file in it was last changed."""
+    try:
+        return max(file.stat().st_mtime for file in (path, *path.iterdir()))
+    except FileNotFoundError:  # another process renames or deletes what is in it right now
+        return time.time()
 
 
 def _lock_of(path: Path) -> Path:

@@ -107,14 +107,24 @@ class Registry:
             raise Damaged(f"{artifact.ref} is damaged", f"run 'prufed verify {artifact.ref}'")
         return artifact
 
-    def find(self, fingerprint: str, kind: str | None = None) -> Artifact | None:
-        """Return the newest living artifact made by the same recipe from the same parents."""
+    def find(
+        self, fingerprint: str, kind: str | None = None, name: str | None = None
+    ) -> Artifact | None:
+        """Return the newest living artifact made by the same recipe from the same parents.
+
+        Args:
+            fingerprint: of the recipe and the parents.
+            kind: what it has to be; None for any kind.
+            name: what it has to be called; None for any name.
+        """
         if not fingerprint:
             return None
         found = [
             each
             for each in self.list(kind=kind)
-            if fingerprint in each.facts and each.fingerprint == fingerprint
+            if name in {None, each.name}
+            and fingerprint in each.facts
+            and each.fingerprint == fingerprint
         ]
         return max(found, key=lambda artifact: artifact.created, default=None)
 

@@ -74,6 +74,27 @@ def test_a_block_without_chosen_matrices_hands_on_its_dense_outputs(method: str)
     assert found["model.layers.0.up.weight"].mask.all()
 
 
+class CountingDecoder(TinyDecoder):
+    """Remembers which blocks were run."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__(layers)
+        self.run: set[int] = set()
+
+    def run_block(self, index: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+        self.run.add(index)
+        return super().run_block(index, hidden, arguments)
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_no_block_is_run_after_the_last_that_is_pruned(method: str) -> None:
+    decoder = CountingDecoder(5)
+    found = prune(method, decoder, include="*.0.*,*.2.*")
+    assert decoder.run == {0, 1, 2}
+    assert found["model.layers.4.up.weight"].mask.all()
+    assert int(found["model.layers.2.up.weight"].mask.sum()) == 16 * 24 // 2
+
+
 def test_a_global_threshold_counts_only_the_chosen() -> None:
     results = prune("magnitude", TinyDecoder(2), group="global", include="gate")
     kept = [int(one.mask.sum()) for name, one in results.items() if "gate" in name]

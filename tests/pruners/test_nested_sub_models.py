@@ -25,11 +25,18 @@ SPARSITIES = st.lists(st.floats(0, 0.999), min_size=1, max_size=4).map(sorted)
 
 
 def nested(
-    method: str, sparsities: list[float], decoder: Any = None, **options: Any
+    method: str,
+    sparsities: list[float],
+    decoder: Any = None,
+    calibration: list[Tensor] | None = None,
+    **options: Any,
 ) -> list[tuple[PrunedMatrix, ...]]:
     pruner = build("pruner", method, options)
     targets = [PruneTarget(sparsity=sparsity) for sparsity in sparsities]
-    return list(pruner.prune_nested(decoder or TinyDecoder(2), tokens(), targets, lambda *_: None))
+    run = pruner.prune_nested(
+        decoder or TinyDecoder(2), calibration or tokens(), targets, lambda *_: None
+    )
+    return list(run)
 
 
 @settings(max_examples=25, deadline=None)
@@ -149,6 +156,28 @@ def test_one_survey_serves_every_target(method: str, options: dict[str, str]) ->
     asked = pruner.prune_nested(TinyDecoder(), tokens(), targets, lambda *_: None)
     for one, other in zip(given, asked, strict=True):
         assert all(torch.equal(a.mask, b.mask) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("sparsities", [[0.25, 0.5], [0.5]])
+def test_the_model_stays_dense_whatever_its_layout(
+    method: str, sparsities: list[float], gpt2: Any, ids: Tensor
+) -> None:
+    before = {name: value.clone() for name, value in gpt2.state_dict().items()}
+    assert nested(method, sparsities, open_decoder(gpt2), calibration=[ids])
+    assert all(torch.equal(value, before[name]) for name, value in gpt2.state_dict().items())
+
+
+@pytest.mark.parametrize("shape", [(1, 40), (40, 1), (9, 40)])
+def test_the_weight_that_sparsegpt_is_given_stays(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator)
+    factor = factorize(2 * torch.eye(shape[1]), 0.01)
+    for one in (weight, weight.t().contiguous().t()):
+        before = one.clone()
+        choice = sparsegpt.choose(one, factor, PruneTarget(sparsity=0.5))
+        assert choice.pruned.any()
+        assert torch.equal(one, before)
 
 
 @pytest.mark.parametrize("method", METHODS)

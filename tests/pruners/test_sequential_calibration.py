@@ -238,3 +238,18 @@ def test_the_energy_of_outputs_is_that_of_the_hessian(
         if one.energy is not None:
             expected = one.statistic.factor.energy(as_matrix(decoder.linears(0)[name]))
             assert one.energy == pytest.approx(expected, rel=1e-3), name
+
+
+def test_every_token_is_as_likely_to_be_sampled_as_any_other() -> None:
+    """Evenly spaced ones would be the first of a sequence far too often: an attention sink."""
+    norms = InputNorms(2, torch.device("cpu"), sampled=128)
+    for batch in range(16):
+        positions = torch.arange(64.0).repeat(16)  # sixteen sequences of 64
+        norms.add(torch.stack((positions, torch.full_like(positions, float(batch))), dim=1))
+        assert len(norms.sample) == 128
+    positions, batches = (column.long() for column in norms.sample.t())
+    assert torch.bincount(positions, minlength=64).max() < 9  # 2 each on average
+    assert torch.bincount(batches, minlength=16).min() > 0
+    assert torch.bincount(batches).max() < 20  # 8 each
+    norms.add(torch.empty(0, 2))
+    assert norms.tokens == 16 * 1024

@@ -98,12 +98,10 @@ def test_what_else_a_method_reports(show: Show) -> None:
         "h.0.b.weight",
         "50.0000%",
         "0.1",
-        "10",
-        "times",
-        "the",
         "damping",
-        "asked",
-        "for",
+        "raised",
+        "to",
+        "0.1",
     ]
     assert rows[4] == ["h.0.c.weight", "50.0000%", "the", "last", "group", "has", "4", "columns"]
     assert rows[5] == ["h.0.d.weight", "0.0000%", "kept:", "excluded"]
@@ -178,7 +176,8 @@ def test_a_block_counts_entries_where_shapes_are_known(show: Show) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pruned", "said"), [(25.5, "20.0000 before, 25.5000 after"), (None, "before, infinite after")]
+    ("pruned", "said"),
+    [(25.5, "20.0000 before, 25.5000 after"), (None, "before, not finite after")],
 )
 def test_perplexity_before_and_after(show: Show, pruned: float | None, said: str) -> None:
     entry = {"file": "held-out.txt", "tokens": 100, "base": 20.0, "pruned": pruned}

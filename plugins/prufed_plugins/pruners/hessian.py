@@ -23,10 +23,6 @@ of the full product's work."""
 ADDED: Final = 1024
 """Tokens that are turned and added at once on a CPU."""
 
-SHARES: Final = 8
-SPACING: Final = 32
-"""A sample takes one in 32 of the inputs of each batch, and an eighth of itself at least."""
-
 LARGEST_DAMPING: Final = 1.0
 
 WIDE: Final = 512
@@ -45,7 +41,8 @@ class InputNorms:
     Attributes:
         columns: number of input channels.
         tokens: tokens seen so far.
-        sample: the inputs of a few of them, (at most ``sampled``, columns).
+        sample: the inputs of a few of them, each as likely as any other, (at most ``sampled``,
+            columns).
     """
 
     def __init__(self, columns: int, device: torch.device, sampled: int = 0) -> None:
@@ -53,6 +50,8 @@ class InputNorms:
         self.tokens = 0
         self.sample = torch.empty(0, columns, dtype=torch.float32, device=device)
         self._sampled = sampled
+        self._random = torch.Generator().manual_seed(0)
+        self._keys = torch.empty(0)  # of the sampled tokens: the least of all
         self._squares = torch.zeros(columns, dtype=torch.float32, device=device)
 
     def add(self, inputs: Tensor) -> None:
@@ -60,11 +59,17 @@ class InputNorms:
         x = inputs.float()
         self._squares += x.square().sum(dim=0)
         self.tokens += x.shape[0]
-        share = max(self._sampled // SHARES, x.shape[0] // SPACING)
-        wanted = min(self._sampled - len(self.sample), share)
-        if wanted > 0:
-            some = x[:: -(-x.shape[0] // wanted)]  # evenly spaced over the batch
-            self.sample = torch.cat((self.sample, some))
+        if self._sampled:
+            self._draw(x)
+
+    def _draw(self, x: Tensor) -> None:
+        """Let every token of a batch have a random key, and keep those with the least of all."""
+        keys = torch.cat((self._keys, torch.rand(x.shape[0], generator=self._random)))
+        least = keys.topk(min(self._sampled, len(keys)), largest=False).indices.sort().values
+        held = len(self._keys)
+        stay, come = least[least < held].to(x.device), (least[least >= held] - held).to(x.device)
+        self.sample = torch.cat((self.sample[stay], x[come]))
+        self._keys = keys[least]
 
     def second_moments(self) -> Tensor:
         """Return the mean of x_v² over tokens, (columns,)."""

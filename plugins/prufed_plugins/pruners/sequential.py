@@ -148,10 +148,12 @@ class ElementPruner(Generic[S]):
     ) -> Iterator[tuple[PrunedMatrix, ...]]:
         names = self._check(decoder, targets)
         targets = self._surveyed(decoder, calibration, names, targets, progress)
-        states = embed(decoder, calibration) if self._new_statistic is not None else None
         total = len(decoder.blocks)
+        last = max(index for index in range(total) if names & decoder.shapes(index).keys())
+        calibrated = self._new_statistic is not None and decoder.start <= last
+        states = embed(decoder, calibration) if calibrated else None
         for index in range(decoder.start, total):
-            more = index + 1 < total
+            more = index < last  # what comes after it is neither pruned nor run
             observed = self._observe(decoder, index, names, states, advancing=dense and more)
             for name, module in decoder.linears(index).items():
                 if name not in names:
@@ -161,7 +163,9 @@ class ElementPruner(Generic[S]):
                 else:
                     yield self._prune_matrix(name, module, observed, targets, decoder.dtype, dense)
             observed = None  # the next block's statistics are not held beside these
-            if states is not None and more and not dense:
+            if not more:
+                states = None
+            elif states is not None and not dense:
                 advance(decoder, index, states)
             progress("block", index + 1, total)
 

@@ -143,7 +143,8 @@ def choose(
         The choice. Its squared error is ½·tr(D·H·Dᵀ) with D = W − W' and H undamped.
     """
     wiped = threshold == "reference" and bool(factor.dead.any())
-    values = weight.t().contiguous()  # (columns, rows)
+    # (columns, rows); of a Conv1D that is the parameter itself, which has to stay
+    values = weight.t().clone(memory_format=torch.contiguous_format)
     if wiped:
         values.masked_fill_(factor.dead[:, None], 0.0)
     rule = _Rule(
