@@ -278,7 +278,7 @@ def load_model(
             ignore_mismatched_sizes=True,  # refused below, in one sentence
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except opening_errors() as error:
         raise PrufedError(
             f"{artifact.ref} cannot be opened as a causal language model: {first_line(error)}",
             f"`prufed verify {artifact.ref}` checks its files",
@@ -347,12 +347,20 @@ def open_tokenizer(
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+    except opening_errors() as error:
         raise PrufedError(
             f"{name} has no tokenizer that opens: {first_line(error)}",
             "import a directory that holds tokenizer.json",
         ) from error
     return tokenizer
+
+
+def opening_errors() -> tuple[type[Exception], ...]:
+    """Return what transformers raises for a directory that it cannot make anything of."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    plain = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError)
+    return (*plain, StrictDataclassError)
 
 
 def base_masks(artifact: Artifact) -> Mapping[str, Tensor] | None:
@@ -437,9 +445,13 @@ def merge_adapter(model: PreTrainedModel, adapter: Artifact, base: Artifact) -> 
 
 def context_length(model: PreTrainedModel) -> int | None:
     """Return how many tokens a model's positions reach; None where its configuration says none."""
-    config = model.config.get_text_config()
-    for attribute in ("max_position_embeddings", "n_positions", "n_ctx"):
-        limit = getattr(config, attribute, None)
+    return positions_of(model.config.get_text_config().to_dict())
+
+
+def positions_of(config: Mapping[str, Any]) -> int | None:
+    """Return how many tokens the positions of a configuration reach; None where it says none."""
+    for key in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
+        limit = config.get(key)
         if isinstance(limit, int) and limit > 0:
             return limit
     return None
@@ -459,6 +471,7 @@ def quiet_transformers() -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, without the trailing stop."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")
+    """Return the first line of an error's text, or two if it ends with a colon; no full stop."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    told = lines[:2] if lines[0].endswith(":") else lines[:1]
+    return " ".join(line.strip() for line in told).rstrip(".")

@@ -35,6 +35,8 @@ class BlockCall:
 def find_stack(model: PreTrainedModel) -> str:
     """Return the module path of the stack of decoder blocks.
 
+    It is looked for in the model's text decoder first, as a vision tower may be as deep.
+
     Raises:
         PrufedError: the model is no decoder, or its blocks hold matrices that are not linear
             modules (experts that cannot be unfused, state-space layers, quantized weights).
@@ -45,8 +47,10 @@ def find_stack(model: PreTrainedModel) -> str:
     config = model.config.get_text_config()
     if config.is_encoder_decoder:
         raise _unsupported(name, "it is an encoder-decoder")
+    decoder = model.get_decoder()
+    inside = next((path for path, module in model.named_modules() if module is decoder), "")
     path: str
-    for path, module in model.named_modules():
+    for path, module in (*decoder.named_modules(prefix=inside), *model.named_modules()):
         if not isinstance(module, nn.ModuleList) or len(module) != config.num_hidden_layers:
             continue
         if len({type(block) for block in module}) == 1 and linears_of(module[0], ""):
@@ -129,6 +133,9 @@ def first_inputs(
         blocks: its decoder blocks.
         batch: token ids.
         tuples: whether its blocks return tuples.
+
+    Raises:
+        PrufedError: the blocks are not called once each.
     """
     calls: list[BlockCall] = []
     first: list[Tensor] = []
@@ -141,6 +148,10 @@ def first_inputs(
 
     with replaced_forwards(blocks, record):
         run_stack(model, batch)
+    if len(calls) != len(blocks):
+        raise _unsupported(
+            type(model).__name__, f"its {len(blocks)} blocks are called {len(calls)} times"
+        )
     return first[0], calls
 
 

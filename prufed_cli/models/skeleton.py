@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prufed_cli.errors import PrufedError
-from prufed_cli.models.base import check_complete, first_line, quiet_transformers
+from prufed_cli.models.base import check_complete, first_line, opening_errors, quiet_transformers
 from prufed_cli.models.checkpoint import find_tensors, refuse_packed_matrices
 from prufed_cli.models.decoder import find_stack
 from prufed_cli.models.experts import unfuse_experts
@@ -91,6 +91,20 @@ def open_skeleton(
     return Skeleton(model, prefix, stored, tied)
 
 
+def empty_model(
+    config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Build a causal language model whose parameters have no values; its buffers have."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    return model
+
+
 def place(model: nn.Module, name: str, value: Tensor) -> None:
     """Make a tensor the value of a parameter or buffer."""
     from torch import nn
@@ -107,22 +121,18 @@ def _build(
     directory: Path, ref: str, dtype: torch.dtype, trust_remote_code: bool
 ) -> PreTrainedModel:
     quiet_transformers()
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             directory, local_files_only=True, trust_remote_code=trust_remote_code
         )
-        with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=trust_remote_code
-            )
+        model = empty_model(config, dtype, trust_remote_code=trust_remote_code)
         if model.can_generate() and (directory / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(
                 directory, local_files_only=True
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except opening_errors() as error:
         raise PrufedError(
             f"{ref} cannot be opened as a causal language model: {first_line(error)}",
             f"`prufed verify {ref}` checks its files",

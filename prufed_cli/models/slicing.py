@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from prufed_cli.errors import USAGE, PrufedError
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PretrainedConfig
+
+
+_PER_LAYER: Final = frozenset({"moe_topk", "moe_intermediate_size", "num_shared_expert"})
+"""Lists of something per layer whose names do not say so (HunYuan's)."""
+
+_NUMBERS: Final = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "training"})
+"""What a module may remember of its place, or of what it is used for."""
 
 
 def check_layers(kept: Sequence[int], layers: int) -> None:
@@ -35,12 +43,58 @@ def slice_config(config: PretrainedConfig, kept: Sequence[int]) -> None:
     before = config.num_hidden_layers
     rules = _renumbered(config, kept)
     for name, value in vars(config).items():
-        per_layer = "layer" in name and isinstance(value, list | tuple) and len(value) == before
-        if per_layer and name not in rules:
+        per_layer = "layer" in name or name in _PER_LAYER
+        whole = isinstance(value, list | tuple) and len(value) == before
+        if per_layer and whole and name not in rules:
             rules[name] = [value[layer] for layer in kept]
     for name, value in rules.items():
         setattr(config, name, value)
     config.num_hidden_layers = len(kept)
+
+
+def check_blocks(
+    architecture: str, before: Sequence[nn.Module], after: Sequence[nn.Module], kept: Sequence[int]
+) -> None:
+    """Refuse a sub-model whose blocks are not built as those that they come from.
+
+    Some compute with their own number or with the number of layers (GPT-2's inverse scaling by
+    layer, DiffLlama, MiniCPM3): under another number the same weights are another block.
+
+    Args:
+        architecture: what to call the model.
+        before: the blocks of the base.
+        after: the blocks of the sub-model, as its configuration builds them.
+        kept: the block of the base that each of them comes from.
+
+    Raises:
+        PrufedError: as said, with the first thing that differs.
+    """
+    for local, layer in enumerate(kept):
+        old, new = _built(before[layer]), _built(after[local])
+        differs = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+        if differs:
+            raise PrufedError(
+                f"cannot drop layers of a {architecture}: as layer {local}, layer {layer} would "
+                f"have another {differs[0]}",
+                "prune its entries: --method magnitude --sparsity 0.5",
+                USAGE,
+            )
+
+
+def _built(block: nn.Module) -> dict[str, Any]:
+    """Return everything that a block computes with but the values of its parameters."""
+    facts: dict[str, Any] = {}
+    for path, module in block.named_modules():
+        facts[path or "block"] = type(module).__name__
+        for name, value in vars(module).items():
+            if isinstance(value, bool | int | float | str) and name not in _NUMBERS:
+                facts[f"{path}.{name}"] = value
+        for name, parameter in module.named_parameters(recurse=False):
+            facts[f"{path}.{name}"] = tuple(parameter.shape)
+        for name, buffer in module.named_buffers(recurse=False):
+            total = None if buffer.is_meta else float(buffer.double().sum())
+            facts[f"{path}.{name}"] = (tuple(buffer.shape), total)
+    return facts
 
 
 def _check_independent(config: PretrainedConfig) -> None:

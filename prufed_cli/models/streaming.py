@@ -132,7 +132,7 @@ class StreamedDecoder:
                 output: Any = self.blocks[index](hidden.to(self.device), *call.args, **call.kwargs)
         finally:  # what observes a block may stop it
             self._activations.rest(hidden)
-        result: Tensor = output[0] if isinstance(output, tuple) else output
+        result: Tensor = output[0] if isinstance(output, tuple | list) else output
         return result
 
     def hold(self, hidden: Tensor, instead_of: Tensor | None = None) -> Tensor:
@@ -262,7 +262,7 @@ class StreamedDecoder:
         seen: list[bool] = []
 
         def look(module: nn.Module, args: Any, output: Any) -> None:
-            seen.append(isinstance(output, tuple))
+            seen.append(isinstance(output, tuple | list))
             raise _SeenError
 
         self._load(0)
@@ -273,7 +273,7 @@ class StreamedDecoder:
             pass
         finally:
             handle.remove()
-        return seen[0]
+        return bool(seen) and seen[0]
 
 
 class _SeenError(Exception):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from prufed_cli.models.skeleton import Skeleton
 from prufed_cli.models.stored import Spec, TensorWriter
 from prufed_cli.models.streaming import StreamedDecoder
 from prufed_cli.pruning.work import Work, WorkBlock
-from prufed_plugins.entries import count
+from prufed_plugins.entries import clear, count
 from prufed_plugins.errors import MethodError
 from prufed_plugins.masks import mask_metadata, pack
 
@@ -23,7 +24,7 @@ class BlockStore:
     """Writes each block of one or more sub-models while it is pruned.
 
     A block is finished when the decoder lets go of it, or at the end. Nothing of it is held but
-    its packed masks.
+    its packed masks. What the base's own masks leave out stays out, whatever the pruner says.
     """
 
     def __init__(
@@ -32,8 +33,10 @@ class BlockStore:
         skeleton: Skeleton,
         decoder: StreamedDecoder,
         made: int,
+        masks: Mapping[str, Tensor],
     ) -> None:
         self._work = work
+        self._masks = masks
         self._skeleton = skeleton
         self._decoder = decoder
         self._made = made
@@ -66,8 +69,9 @@ class BlockStore:
             self._finish()
             self._skip_to(index)
             self._open = [self._begin(made, index) for made in range(self._made)]
+        before = self._masks.get(name)
         for block, result in zip(self._open, results, strict=True):
-            block.put(result)
+            block.put(result if before is None else _within(before, result))
 
     def close(self) -> None:
         """Finish the last block, and those that the pruner left alone."""
@@ -111,6 +115,14 @@ class BlockStore:
         weights = self._work.block(0, index).weights
         if weights.is_file():
             self._decoder.finish(index, weights)
+
+
+def _within(before: Tensor, result: PrunedMatrix) -> PrunedMatrix:
+    """Return a pruned matrix without what an earlier mask leaves out; its weight is changed."""
+    mask = result.mask & before.to(result.mask.device)
+    clear(result.weight, mask)
+    sparsity = (mask.numel() - count(mask)) / mask.numel()
+    return replace(result, mask=mask, report={**result.report, "sparsity": sparsity})
 
 
 class _OpenBlock:

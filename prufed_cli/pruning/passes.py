@@ -15,7 +15,7 @@ from prufed_cli import interrupts
 from prufed_cli.errors import USAGE, Interrupted, PrufedError
 from prufed_cli.evaluation.perplexity import Perplexity, check_token_ids
 from prufed_cli.models.activations import Activations
-from prufed_cli.models.base import share_cores
+from prufed_cli.models.base import base_masks, share_cores
 from prufed_cli.models.skeleton import Skeleton, open_skeleton
 from prufed_cli.models.streaming import StreamedDecoder
 from prufed_cli.pruning.blocks import BlockStore
@@ -126,7 +126,7 @@ def _prune(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, work: Work) -
     warn_of_few_tokens(job, decoder)
     decoder.release()
     decoder.hold_in(work.path if plan.in_file else None)
-    store = BlockStore(work, skeleton, decoder, len(job.made))
+    store = BlockStore(work, skeleton, decoder, len(job.made), base_masks(job.base) or {})
     if finished:
         job.reporter.note(f"resuming after block {finished} of {total}")
     with job.reporter.task(f"prune with {job.method}", total=total) as task:

@@ -11,16 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from prufed_cli.errors import USAGE, PrufedError
 from prufed_cli.model_card import licence, render_card
 from prufed_cli.models.base import MASKS_FILE, stated_dtype
 from prufed_cli.models.skeleton import Skeleton
 from prufed_cli.models.stored import Spec, StoredTensor, TensorWriter, read_header, write_checkpoint
 from prufed_cli.pruning.job import REPORT_FILE, Job, Made
 from prufed_cli.pruning.request import PruneRequest, percent
+from prufed_plugins.entries import count
 from prufed_plugins.masks import MaskFile, mask_metadata
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from prufed_cli.pruning.work import Work
     from prufed_plugins.api import KeptLayers
@@ -79,6 +81,12 @@ def masked_outcome(job: Job, skeleton: Skeleton, work: Work, made: int) -> Outco
             pruned = read_header(block.weights)
             tensors |= {skeleton.saved_name(name): stored for name, stored in pruned.items()}
             masks |= read_header(block.masks)
+    if (job.base.path / MASKS_FILE).is_file():  # of what the pruner never spoke of
+        before = MaskFile(job.base.path / MASKS_FILE)
+        packed = read_header(job.base.path / MASKS_FILE)
+        for name in before.shapes.keys() - shapes.keys():
+            masks[name], shapes[name] = packed[name], before.shapes[name]
+            kept += count(before[name])
     total = sum(math.prod(shape) for shape in shapes.values())
     details: dict[str, Any] = {
         "result": "masked",
@@ -105,10 +113,13 @@ def sliced_outcome(job: Job, skeleton: Skeleton, result: KeptLayers) -> Outcome:
     before = model.config.get_text_config().num_hidden_layers
     check_layers(result.layers, before)
     slice_config(model.config.get_text_config(), result.layers)
+    _check_blocks(job, skeleton, model.config, result.layers)
     upstream: Sequence[int] = job.base.manifest.details.get("kept_layers") or list(range(before))
     tensors: dict[str, StoredTensor] = {}
     for name, stored in skeleton.stored.items():
-        local = to_local(skeleton.saved_name(name), result.layers)
+        saved = skeleton.saved_name(name)
+        outside = skeleton.block_of(name) is None  # numbers there may be those of a vision tower
+        local = saved if outside else to_local(saved, result.layers)
         if local is not None:
             tensors[local] = stored
     masks: dict[str, StoredTensor] = {}
@@ -129,6 +140,36 @@ def sliced_outcome(job: Job, skeleton: Skeleton, result: KeptLayers) -> Outcome:
     if result.scores is not None:
         report["scores"] = list(result.scores)
     return Outcome(model, tensors, masks, shapes, details, report, {})
+
+
+def _check_blocks(
+    job: Job, skeleton: Skeleton, config: PretrainedConfig, kept: Sequence[int]
+) -> None:
+    """Refuse layers that would not be the same ones in the sub-model that a configuration makes.
+
+    Raises:
+        PrufedError: as said, or transformers does not accept the configuration.
+    """
+    from prufed_cli.models.base import first_line, opening_errors
+    from prufed_cli.models.decoder import stack_of
+    from prufed_cli.models.experts import unfuse_experts
+    from prufed_cli.models.skeleton import empty_model
+    from prufed_cli.models.slicing import check_blocks
+
+    options = job.options
+    try:
+        stored = type(config).from_dict(config.to_dict())  # as whoever opens it will read it
+        model = empty_model(stored, options.compute, trust_remote_code=options.trust_remote_code)
+    except opening_errors() as error:
+        raise PrufedError(
+            f"{job.base.ref} cannot do without these layers: {first_line(error)}",
+            "prune its entries: --method magnitude --sparsity 0.5",
+            USAGE,
+        ) from error
+    unfuse_experts(model)
+    model.eval()
+    before, after = (stack_of(one, skeleton.prefix) for one in (skeleton.model, model))
+    check_blocks(type(model).__name__, list(before), list(after), kept)
 
 
 def publish(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -225,12 +226,13 @@ def _calibration(
     options: PruneOptions,
     reporter: Reporter,
 ) -> Calibration | None:
-    from prufed_cli.models.base import load_tokenizer
+    from prufed_cli.models.base import load_tokenizer, positions_of
     from prufed_cli.models.calibration import LONGEST, calibration_batches
 
     if not pruner.needs_calibration:
         return None
-    positions = _positions(base)
+    config = json.loads((base.path / "config.json").read_text(encoding="utf-8"))
+    positions = positions_of(config.get("text_config", config))
     if request.length is not None and positions is not None and request.length > positions:
         raise PrufedError(
             f"calibration length {request.length} is more than the {positions} positions of "
@@ -247,18 +249,6 @@ def _calibration(
             longest=min(positions or LONGEST, LONGEST),
             seed=request.seed,
         )
-
-
-def _positions(base: Artifact) -> int | None:
-    """Return how many tokens the base takes; None where its configuration does not say."""
-    import json
-
-    config = json.loads((base.path / "config.json").read_text(encoding="utf-8"))
-    config = config.get("text_config", config)
-    for key in ("max_position_embeddings", "n_positions", "n_ctx"):
-        if isinstance(config.get(key), int) and config[key] > 0:
-            return int(config[key])
-    return None
 
 
 def _known(job: Job, made: Made) -> Artifact | None:

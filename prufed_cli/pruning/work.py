@@ -15,12 +15,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from prufed_cli.errors import PrufedError
 
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
 KEPT_SECONDS: Final = 14 * 86400
 """How long unfinished work waits to be taken up."""
+
+_ATTEMPTS: Final = 100
 
 _ROWS: Final = "[0-9][0-9]-[0-9]*.json"
 """The files that mark a block as finished."""
@@ -97,20 +102,14 @@ def take_work(workplace: Path, fingerprint: str) -> Iterator[Work]:
         PrufedError: another process has it.
         RegistryError: the disk is full or refuses.
     """
-    from filelock import FileLock, Timeout
+    from filelock import FileLock
 
     from prufed_registry.durable import storage_errors
 
     path = workplace / fingerprint
-    with storage_errors("keep unfinished work"):
-        workplace.mkdir(parents=True, exist_ok=True)
     lock = FileLock(_lock_of(path), timeout=0, thread_local=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise PrufedError(
-            "another process makes this sub-model right now", "wait until it has ended"
-        ) from None
+    with storage_errors("keep unfinished work"):
+        _acquire(lock, workplace)
     try:
         with storage_errors("keep unfinished work"):
             path.mkdir(exist_ok=True)
@@ -125,12 +124,40 @@ def take_work(workplace: Path, fingerprint: str) -> Iterator[Work]:
         _remove_empty(workplace)
 
 
+def _acquire(lock: BaseFileLock, workplace: Path) -> None:
+    """Lock a file in the workplace, which a process that ends may remove at any moment.
+
+    Raises:
+        PrufedError: another process has it.
+    """
+    from filelock import Timeout
+
+    for attempt in range(_ATTEMPTS):
+        try:
+            workplace.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout:
+            if Path(lock.lock_file).exists() or attempt + 1 == _ATTEMPTS:
+                raise PrufedError(
+                    "another process makes this sub-model right now", "wait until it has ended"
+                ) from None
+        except (FileNotFoundError, FileExistsError):
+            if attempt + 1 == _ATTEMPTS:
+                raise
+        else:
+            return
+
+
 def sweep(workplace: Path) -> None:
     """Delete unfinished work that nobody has touched for two weeks and no process holds."""
     from filelock import FileLock, Timeout
 
     oldest = time.time() - KEPT_SECONDS
-    for path in workplace.glob("*/"):
+    try:
+        paths = list(workplace.glob("*/"))
+    except FileNotFoundError:  # another process has removed it as empty
+        return
+    for path in paths:
         if _touched(path) >= oldest:
             continue
         lock = FileLock(_lock_of(path), timeout=0)

@@ -1,0 +1,176 @@
+"""Layers are dropped only where the sub-model's layers then compute what they did before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    DiffLlamaConfig,
+    Gemma3Config,
+    HunYuanMoEV1Config,
+    LlamaConfig,
+)
+
+from prufed_cli.errors import PrufedError
+from prufed_cli.models.base import MASKS_FILE
+from prufed_cli.pruning import PruneRequest, PruneResult, prune
+from prufed_plugins.masks import load_masks
+from tests.pruners.conftest import SHAPE, make_model
+
+Save = Callable[..., Path]
+
+TEXT = SHAPE | {"num_hidden_layers": 4, "head_dim": 8, "sliding_window": 8}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+
+@pytest.fixture(autouse=True)
+def home(prufed_home: Path) -> Path:
+    return prufed_home
+
+
+def seeing(vision_layers: int) -> Any:
+    """Return a Gemma 3 with a vision tower."""
+    config = Gemma3Config(
+        text_config=TEXT,
+        vision_config=VISION | {"num_hidden_layers": vision_layers},
+        mm_tokens_per_image=4,
+        image_token_index=90,
+        boi_token_index=91,
+        eoi_token_index=92,
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def tower_of(directory: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a vision tower, with or without the prefix of the model around it."""
+    tensors = load_file(directory / "model.safetensors").items()
+    return {name.removeprefix("model."): value for name, value in tensors if "vision" in name}
+
+
+def keep(base: Path, *layers: int) -> PruneResult:
+    wanted = PruneRequest(base=str(base), method="explicit", settings={"layers": list(layers)})
+    return prune(wanted, device="cpu")
+
+
+def test_a_vision_tower_keeps_all_of_its_layers(saved: Save) -> None:
+    path = saved(seeing(vision_layers=3))
+    made = keep(path, 0, 3).artifact
+    before, after = tower_of(path), tower_of(made.path)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    _, loading = AutoModelForCausalLM.from_pretrained(made.path, output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_a_vision_tower_as_deep_as_the_decoder_is_not_pruned(
+    method: str, saved: Save, text: Path
+) -> None:
+    path = saved(seeing(vision_layers=4))
+    made = prune(
+        PruneRequest(
+            base=str(path),
+            method=method,
+            sparsity=0.5,
+            calibration=str(text),
+            samples=4,
+            length=24,
+        ),
+        device="cpu",
+    )
+    pruned = {row["name"] for row in made.report["matrices"]}
+    assert len(pruned) == 4 * 7
+    assert all("language_model" in name for name in pruned)
+
+
+def test_lists_whose_names_do_not_speak_of_layers(saved: Save) -> None:
+    config = HunYuanMoEV1Config(
+        **(SHAPE | {"num_hidden_layers": 4, "head_dim": 8}),
+        num_experts=4,
+        moe_topk=[1, 2, 3, 1],
+        pad_id=0,
+    )
+    made = keep(saved(AutoModelForCausalLM.from_config(config).eval()), 1, 2)
+    loaded = AutoModelForCausalLM.from_pretrained(made.artifact.path)
+    assert list(loaded.config.moe_topk) == [2, 3]
+
+
+def test_blocks_that_compute_with_their_number_are_not_renumbered(saved: Save) -> None:
+    path = saved(make_model("gpt2", scale_attn_by_inverse_layer_idx=True))
+    with pytest.raises(PrufedError, match="as layer 1, layer 2 would have another attn"):
+        keep(path, 0, 2)
+    assert keep(path, 0, 1).artifact.manifest.details["kept_layers"] == [0, 1]
+    config = DiffLlamaConfig(**SHAPE)
+    path = saved(AutoModelForCausalLM.from_config(config).eval(), "diff")
+    with pytest.raises(PrufedError, match="as layer 0, layer 1 would have another self_attn"):
+        keep(path, 1, 2)
+
+
+def test_a_configuration_that_does_not_hold_together_is_one_sentence(saved: Save) -> None:
+    path = saved(AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE)))
+    config = path / "config.json"
+    stored = config.read_text()
+    for old, new in (
+        ('"hidden_size": 32', '"hidden_size": 33'),
+        ('"hidden_size": 32', '"hidden_size": "thirty"'),
+        ('"dtype": "float32"', '"dtype": "float33"'),
+    ):
+        assert old in stored
+        config.write_text(stored.replace(old, new))
+        with pytest.raises(PrufedError, match="cannot be opened as a causal language model"):
+            prune(PruneRequest(base=str(path), method="magnitude", sparsity=0.5), device="cpu")
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize(
+    ("sparsity", "settings", "least"),
+    [(0.25, {}, 0.5), (0.75, {"exclude": "*.q_proj"}, 0.5), (0.75, {}, 0.75)],
+)
+def test_what_is_pruned_stays_pruned(
+    method: str,
+    sparsity: float,
+    settings: dict[str, str],
+    least: float,
+    llama: Any,
+    saved: Save,
+    text: Path,
+) -> None:
+    def again(base: Path | str, sparsity: float, **settings: str) -> Any:
+        wanted = PruneRequest(
+            base=str(base),
+            method=method if settings or base != path else "wanda",
+            sparsity=sparsity,
+            settings=settings,
+            calibration=str(text),
+            samples=4,
+            length=24,
+        )
+        return prune(wanted, device="cpu").artifact
+
+    path = saved(llama)
+    first = again(path, 0.5)
+    second = again(first.ref, sparsity, **settings)
+    before, after = load_masks(first.path / MASKS_FILE), load_masks(second.path / MASKS_FILE)
+    weights = load_file(second.path / "model.safetensors")
+    zeros = total = 0
+    for name, mask in after.items():
+        assert bool((mask <= before[name]).all()), name
+        assert not weights[name][~mask].any(), name
+        assert 1 - float(mask.float().mean()) >= least - 0.01, name
+        zeros += int((~mask).sum())
+        total += mask.numel()
+    assert second.manifest.details["sparsity"] == pytest.approx(zeros / total, abs=1e-6)
