@@ -133,7 +133,7 @@ class HookSpecs:
 class PruneTarget:
     """How much to remove.
 
-    Exactly one of the first three is set.
+    At most one of the first three is set; a layer pruner's parameters may say how much instead.
 
     Attributes:
         sparsity: share of entries to remove, in [0, 1).

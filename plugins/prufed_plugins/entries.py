@@ -21,7 +21,10 @@ _ROWS: Final = 256
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return whether no entry is NaN or infinite: both survive a sum, which takes one fast pass."""
+    """Return whether all entries are finite.
+
+    NaN and infinity survive a sum, so one fast pass decides unless the sum itself overflows.
+    """
     return math.isfinite(tensor.sum()) or bool(tensor.isfinite().all())
 
 

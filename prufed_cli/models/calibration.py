@@ -35,6 +35,7 @@ SURPLUS: Final = 4
 FIELDS: Final = ("instruction", "context", "input", "response", "output")
 HINT: Final = "pass a text or JSONL file, a directory, a Hub data set, or nothing for the built-in"
 
+_OVERLAP: Final = len(END_OF_DOCUMENT) - 1
 _PIECE: Final = 1 << 20
 _HUB_ID: Final = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
@@ -181,9 +182,9 @@ def _text_file(path: Path) -> Iterator[str]:
             while piece := file.read(_PIECE):
                 *complete, rest = (rest + piece).split(END_OF_DOCUMENT)
                 yield from (document.strip("\n") for document in complete)
-                if len(rest) > _PIECE:
-                    yield rest
-                    rest = ""
+                if len(rest) > _PIECE:  # its end may be the beginning of a separator
+                    yield rest[:-_OVERLAP]
+                    rest = rest[-_OVERLAP:]
     except (UnicodeDecodeError, OSError) as error:
         raise _unreadable(path, error) from error
     yield rest.strip("\n")

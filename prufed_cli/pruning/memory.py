@@ -45,14 +45,19 @@ def available_memory() -> int:
     free = int(psutil.virtual_memory().available)
     limit, used = (_group_bytes(name) for name in ("memory.max", "memory.current"))
     if limit is not None and used is not None:
-        free = min(free, limit - used)
+        free = min(free, limit - used + (_group_bytes("memory.stat", "inactive_file ") or 0))
     return int(max(free, 0) * (1 - _RESERVE))
 
 
-def _group_bytes(name: str) -> int | None:
-    """Return a figure of this process's control group; None where there is none."""
+def _group_bytes(name: str, key: str = "") -> int | None:
+    """Return a figure of the container's control group, from the line that begins with a key.
+
+    None where there is none, or no limit. Files that were read and are cached count as used there
+    (``inactive_file``), although the system gives them up as soon as memory is wanted.
+    """
     try:
-        text = Path("/sys/fs/cgroup", name).read_text().strip()
+        lines = Path("/sys/fs/cgroup", name).read_text().splitlines()
     except OSError:
         return None
-    return int(text) if text.isdecimal() else None
+    found = next((line.removeprefix(key) for line in lines if line.startswith(key)), "")
+    return int(found) if found.isdecimal() else None

@@ -30,8 +30,8 @@ _SMALL_BATCH = 32 * 10**6
 """Bytes that a batch may take on its way through a block however small the block is."""
 _HESSIAN_BYTES = 10**6
 """A statistic of 1000 columns that is this large is a square matrix."""
-_FACTORS = 1
-"""Statistics of the largest input that are held besides those of the block, to work with them."""
+_WORKING_COLUMNS = 2048
+"""Rows of a statistic, at most, that are held once more while it is worked with."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,8 @@ def make_plan(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, begin: int
     columns = [shapes[0][group[0]][1] for group in groups]
     one = statistic_bytes(job)
     statistics = sum(one(count) for count in columns)
-    statistics += _FACTORS * max((one(count) for count in columns), default=0)
+    working = (min(one(count), 4 * count * _WORKING_COLUMNS) for count in columns)
+    statistics += max(working, default=0)
     activations = sum(each.numel() for each in batches) * hidden * width
     host = job.options.max_memory or available_memory()
     separate = job.options.device.type == "cuda"

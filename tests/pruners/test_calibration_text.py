@@ -11,7 +11,13 @@ import pytest
 import torch
 
 from prufed_cli.errors import PrufedError
-from prufed_cli.models.calibration import calibration_batches, cut
+from prufed_cli.models.calibration import (
+    _PIECE,
+    END_OF_DOCUMENT,
+    calibration_batches,
+    cut,
+    documents,
+)
 
 WORDS = [f"w{index}" for index in range(50)]
 
@@ -80,6 +86,15 @@ def test_documents_of_a_text_file_are_marked(tokenizer: Any, tmp_path: Path) -> 
     path.write_text("w1 w2\n<|endoftext|>\nw3 w4<|endoftext|>\n\n<|endoftext|>w5")
     calibration = calibration_batches(str(path), tokenizer, samples=1, length=8)
     assert rows_of(calibration) == [[50, 1, 2, 50, 3, 4, 50, 5]]
+
+
+def test_a_separator_is_seen_wherever_a_long_document_is_cut(tmp_path: Path) -> None:
+    for before in range(2, len(END_OF_DOCUMENT)):
+        path = tmp_path / "long.txt"
+        path.write_text("a" * (2 * _PIECE - before) + END_OF_DOCUMENT + "b")
+        *first, last = documents(str(path))
+        assert "".join(first) == "a" * (2 * _PIECE - before)
+        assert last == "b"
 
 
 def test_rows_give_their_text_or_their_instruction(tokenizer: Any, tmp_path: Path) -> None:

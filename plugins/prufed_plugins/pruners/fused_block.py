@@ -43,7 +43,7 @@ def prune_columns(
     free: Tensor | None,
     forced: Tensor | None,
 ) -> None:
-    """Let the columns of a block take their turns, in place.
+    """Prune the columns of a block one by one, pushing each one's error onto the later, in place.
 
     Args:
         current: float32 (width, rows), the columns with every earlier error pushed onto them; what

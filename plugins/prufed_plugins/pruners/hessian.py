@@ -21,7 +21,7 @@ PANEL: Final = 512
 of the full product's work."""
 
 ADDED: Final = 1024
-"""Tokens that are turned and added at once on a CPU."""
+"""Tokens that are accumulated at once on a CPU, transposed first."""
 
 LARGEST_DAMPING: Final = 1.0
 
@@ -98,15 +98,15 @@ class InputHessian:
         """Add the inputs (tokens, columns) of one batch."""
         if inputs.device.type == "cpu":
             for some in torch.split(inputs, ADDED):
-                self._add_turned(some.t().contiguous().float())
+                self._add_transposed(some.t().contiguous().float())
         else:  # a few large products, which keep a device busy
             x = inputs.float()
             for panel in pieces(0, self.columns, PANEL):
                 self._sum[panel, panel.start :].addmm_(x[:, panel].t(), x[:, panel.start :])
         self.tokens += inputs.shape[0]
 
-    def _add_turned(self, x: Tensor) -> None:
-        """Add the inputs (columns, tokens): turned like this, panels of them are dense."""
+    def _add_transposed(self, x: Tensor) -> None:
+        """Add inputs (columns, tokens): in this layout, panels of columns are contiguous."""
         for panel in pieces(0, self.columns, PANEL):
             for part in pieces(panel.start, self.columns):
                 add_product(self._sum[panel, part], x[panel], x[part].t())
@@ -138,7 +138,7 @@ class Factor:
     """R upper triangular with H + λI = R·Rᵀ, so that R⁻¹ is the Cholesky factor U of H⁻¹.
 
     Attributes:
-        upper: R, (columns, columns); what lies below the diagonal does not belong to it.
+        upper: R, (columns, columns); the entries below the diagonal are not part of it.
         dead: bool (columns,): channels that were zero on every token; H_jj is 1 there.
         damping: the share of the mean diagonal that was added in the end.
         added: λ, what that share came to.
@@ -215,9 +215,9 @@ def _eliminate(matrix: Tensor, start: int, stop: int) -> bool:
     for finished in pieces(middle, stop, LONGEST):
         rows = matrix[:middle, finished].contiguous()
         for panel in pieces(start, middle, WIDE):
-            turned = rows[panel].t()
-            add_product(matrix[: panel.start, panel], rows[: panel.start], turned, sign=-1)
-            matrix[panel, panel].sub_(product(rows[panel], turned).triu())
+            transposed = rows[panel].t()
+            add_product(matrix[: panel.start, panel], rows[: panel.start], transposed, sign=-1)
+            matrix[panel, panel].sub_(product(rows[panel], transposed).triu())
     return _eliminate(matrix, start, middle)
 
 

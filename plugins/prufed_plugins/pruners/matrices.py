@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TILE: Final = 64
-"""Columns that are turned and rounded at once: what lies between stays small, and in the cache."""
+"""Columns that are transposed and rounded at once, few enough for the cache."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def as_matrix(module: nn.Module) -> Tensor:
 
     GPT-2's ``Conv1D`` keeps its weight as (inputs, outputs).
     """
-    return _turned(module, module.get_parameter("weight").detach())
+    return _oriented(module, module.get_parameter("weight").detach())
 
 
 def float_matrix(name: str, module: nn.Module) -> Tensor:
@@ -87,7 +87,7 @@ def apply(
     """
     parameter = module.get_parameter("weight").detach()
     weight = parameter if in_place else parameter.clone()
-    matrix = _turned(module, weight)
+    matrix = _oriented(module, weight)
     kept = ~choice.pruned.contiguous()
     if choice.weight is not None:
         for start in range(0, matrix.shape[1], TILE):
@@ -102,7 +102,7 @@ def apply(
     return PrunedMatrix(
         name=f"{name}.weight",
         weight=weight,
-        mask=_turned(module, kept).contiguous(),
+        mask=_oriented(module, kept).contiguous(),
         report={"sparsity": (kept.numel() - count(kept)) / kept.numel(), **report},
     )
 
@@ -114,6 +114,6 @@ def keep(name: str, module: nn.Module, why: str) -> PrunedMatrix:
     return PrunedMatrix(f"{name}.weight", weight, mask, {"sparsity": 0.0, why: 1.0})
 
 
-def _turned(module: nn.Module, tensor: Tensor) -> Tensor:
-    """Turn a tensor between the module's own layout and (outputs, inputs), a view."""
+def _oriented(module: nn.Module, tensor: Tensor) -> Tensor:
+    """Return a view of a tensor: the module's own layout as (outputs, inputs), or back."""
     return tensor if isinstance(module, nn.Linear) else tensor.t()

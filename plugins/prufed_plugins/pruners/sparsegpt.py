@@ -273,7 +273,7 @@ class _Block:
     def make(
         cls, width: int, rows: int, pattern: tuple[int, int] | None, device: torch.device
     ) -> _Block:
-        """Take the memory for blocks of this shape."""
+        """Allocate the buffers for blocks of ``width`` columns and ``rows`` rows."""
         current, gone, removed = (torch.empty(width, rows, device=device) for _ in range(3))
         pushes = torch.empty(width, width, device=device)
         block = cls(width, current, gone, removed, pushes, ())
