@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
-from prufed_cli.progress import SILENT, Reporter, Task
+from prufed_cli.progress import Reporter, Task
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,9 +81,12 @@ def print_error(message: str, hint: str | None = None) -> None:
 
 
 def reporter(*, quiet: bool = False) -> Reporter:
-    """Return what long work should report to: bars on a terminal, lines elsewhere."""
+    """Return what long work should report to: bars on a terminal, lines elsewhere.
+
+    Where it is to be quiet, only warnings are told.
+    """
     if quiet:
-        return SILENT
+        return WarningReporter()
     console = _console(stderr=True)
     return BarReporter(console) if console.is_terminal else LineReporter()
 
@@ -98,7 +101,15 @@ def _console(*, stderr: bool) -> Console:
     return console
 
 
-class LineReporter(Reporter):
+class WarningReporter(Reporter):
+    """Warnings alone, on stderr."""
+
+    def warn(self, message: str) -> None:
+        """Print a warning line."""
+        sys.stderr.write(f"warning: {message}\n")
+
+
+class LineReporter(WarningReporter):
     """Progress as plain lines, one when a task ends; for logs and pipes."""
 
     @contextmanager
@@ -112,10 +123,6 @@ class LineReporter(Reporter):
     def note(self, message: str) -> None:
         """Print a line on stderr."""
         sys.stderr.write(message + "\n")
-
-    def warn(self, message: str) -> None:
-        """Print a warning line on stderr."""
-        sys.stderr.write(f"warning: {message}\n")
 
 
 class _LineTask(Task):

@@ -37,6 +37,8 @@ def command(
     from prufed_cli.output import emit_json, print_line, reporter
 
     telling = reporter(quiet=quiet or as_json)
+    if merge and base is not None:
+        raise PrufedError("--merge leaves no base to name", "leave --base out", USAGE)
     if merge and packed:
         raise PrufedError(
             "--merge and --packed exclude each other",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import mmap
+import os
 import tempfile
 import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +46,7 @@ class Activations:
         import torch
 
         with tempfile.TemporaryFile(dir=self.directory) as file:
-            file.truncate(hidden.nbytes)
+            _reserve(file, hidden.nbytes)
             mapped = mmap.mmap(file.fileno(), hidden.nbytes)
         held = torch.frombuffer(mapped, dtype=hidden.dtype).reshape(hidden.shape)
         held.copy_(hidden)
@@ -58,6 +59,20 @@ class Activations:
         mapped = self._maps.get(held.data_ptr())
         if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
             mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def _reserve(file: IO[bytes], size: int) -> None:
+    """Give a file its size, and the disk's room for it where the system can promise that.
+
+    Without the room, the first value written through the map would kill the process.
+
+    Raises:
+        OSError: the disk has not so much room.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+    else:
+        file.truncate(size)
 
 
 def _fits(hidden: Tensor, held: Tensor) -> bool:

@@ -35,6 +35,8 @@ SURPLUS: Final = 4
 FIELDS: Final = ("instruction", "context", "input", "response", "output")
 HINT: Final = "pass a text or JSONL file, a directory, a Hub data set, or nothing for the built-in"
 
+_ROWS: Final = frozenset({".jsonl", ".ndjson", ".json"})
+_NoJson: Final = json.JSONDecodeError
 _OVERLAP: Final = len(END_OF_DOCUMENT) - 1
 _PIECE: Final = 1 << 20
 _HUB_ID: Final = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
@@ -129,12 +131,15 @@ def documents(source: str | None) -> Iterator[str]:
         from prufed_cli.assets import embedded_calibration
 
         return _text_file(embedded_calibration())
+    if not source:
+        raise PrufedError("the calibration text has no name", HINT, USAGE)
     path = Path(source)
     if path.is_dir():
         return _directory(path)
-    if path.is_file():
-        return _json_lines(path) if path.suffix in {".jsonl", ".json"} else _text_file(path)
-    if path.suffix in {".jsonl", ".json", ".txt", ".text", ".md"} or not _HUB_ID.fullmatch(source):
+    suffix = path.suffix.lower()
+    if path.exists():  # a pipe, too
+        return _json_lines(path) if suffix in _ROWS else _text_file(path)
+    if suffix in _ROWS | {".txt", ".text", ".md"} or not _HUB_ID.fullmatch(source):
         raise PrufedError(f"calibration text {source} does not exist", HINT, NOT_FOUND)
     return _hub(source)
 
@@ -148,17 +153,25 @@ def row_text(row: Any, where: str) -> str:
     parts: list[str] = []
     if isinstance(row, Mapping):
         if isinstance(row.get("text"), str):
-            return str(row["text"])
-        parts = _turns(row.get("messages")) or [
-            row[field] for field in FIELDS if isinstance(row.get(field), str)
-        ]
+            parts = [row["text"]]
+        else:
+            parts = _turns(row.get("messages")) or [
+                row[field] for field in FIELDS if isinstance(row.get(field), str)
+            ]
     if not parts:
         raise PrufedError(
             f"{where} has no text, messages, instruction, context or response",
             "give every row a text, or an instruction and a response",
             USAGE,
         )
-    return "\n".join(part for part in parts if part)
+    text = "\n".join(part for part in parts if part)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PrufedError(
+            f"{where} holds half of a surrogate pair", "write the character itself", USAGE
+        ) from error
+    return text
 
 
 def _turns(messages: Any) -> list[str]:
@@ -178,7 +191,7 @@ def _text_file(path: Path) -> Iterator[str]:
     """
     rest = ""
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             while piece := file.read(_PIECE):
                 *complete, rest = (rest + piece).split(END_OF_DOCUMENT)
                 yield from (document.strip("\n") for document in complete)
@@ -192,7 +205,7 @@ def _text_file(path: Path) -> Iterator[str]:
 
 def _json_lines(path: Path) -> Iterator[str]:
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield row_text(_parse(path, number, line), f"{path.name} line {number}")
@@ -203,9 +216,10 @@ def _json_lines(path: Path) -> Iterator[str]:
 def _parse(path: Path, number: int, line: str) -> Any:
     try:
         return json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also numbers and nesting that are too long
+        where = f"{error.msg} at column {error.colno}" if isinstance(error, _NoJson) else str(error)
         raise PrufedError(
-            f"{path.name} line {number} is not JSON: {error.msg} at column {error.colno}",
+            f"{path.name} line {number} is not JSON: {where}",
             "write one JSON object per line; is the file cut off?",
             USAGE,
         ) from error

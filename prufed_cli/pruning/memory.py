@@ -26,7 +26,10 @@ def parse_size(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
     if found is None or (found[2] not in _UNITS and found[2] != "b"):
         raise PrufedError(f"{text!r} is no size", "for example --max-memory 8GB", USAGE)
-    return int(float(found[1]) * _UNITS.get(found[2], 1))
+    size = int(float(found[1]) * _UNITS.get(found[2], 1))
+    if not size:
+        raise PrufedError("0 bytes is no memory", "for example --max-memory 8GB", USAGE)
+    return size
 
 
 def show_size(size: float) -> str:

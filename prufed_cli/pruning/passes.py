@@ -57,6 +57,7 @@ def run_pass(job: Job, wanted: Sequence[int]) -> list[Artifact]:
     with take_work(job.workplace, job.fingerprint) as work:
         if job.options.force:
             work.clear()
+        _use_threads_of(work)
         with _can_be_resumed(job, work, len(decoder.blocks)), storage_errors("prune"):
             score = _scorer(job, work)
             outcomes = _prune(job, skeleton, decoder, work)
@@ -115,6 +116,12 @@ def _check_dtype(job: Job, skeleton: Skeleton, decoder: StreamedDecoder) -> None
 
 def _bare(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _use_threads_of(work: Work) -> None:
+    """Go on with as many threads as the work was begun with: others round sums differently."""
+    begun = work.answer("threads", lambda: {"threads": torch.get_num_threads()})
+    torch.set_num_threads(begun["threads"])
 
 
 def _prune(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, work: Work) -> Sequence[Outcome]:

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from prufed_cli.errors import FAILED, PrufedError
+from prufed_cli.evaluation.perplexity import model_window
 from prufed_cli.models.skeleton import Skeleton
-from prufed_cli.models.streaming import StreamedDecoder
+from prufed_cli.models.streaming import HEAD_BUDGET, StreamedDecoder
 from prufed_cli.pruning.estimate import (
     BlockWork,
     block_seconds,
@@ -28,6 +29,8 @@ _COPIES = 5
 """Float32 copies of the matrix at hand: its values, their changes, scores, errors, and a spare."""
 _SMALL_BATCH = 32 * 10**6
 """Bytes that a batch may take on its way through a block however small the block is."""
+_HEAD_COPIES = 3
+"""Float32 copies of a piece of the output head, or of the logits that it gives."""
 _HESSIAN_BYTES = 10**6
 """A statistic of 1000 columns that is this large is a square matrix."""
 _WORKING_COLUMNS = 2048
@@ -124,14 +127,16 @@ def make_plan(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, begin: int
     batch = largest * 4 * (_COPIES + len(job.made) - 1)
     if batches:
         groups, forward = look_at_block(decoder, batches[0])
-        batch = max(batch, batches[0].numel() * _token_bytes(job, skeleton, decoder))
+        batch = max(batch, batches[0].numel() * _token_bytes(skeleton, decoder, width))
+    if job.text is not None:
+        batch = max(batch, scoring_bytes(skeleton, decoder, width))
     columns = [shapes[0][group[0]][1] for group in groups]
     one = statistic_bytes(job)
     statistics = sum(one(count) for count in columns)
     working = (min(one(count), 4 * count * _WORKING_COLUMNS) for count in columns)
     statistics += max(working, default=0)
     activations = sum(each.numel() for each in batches) * hidden * width
-    host = job.options.max_memory or available_memory()
+    host = available_memory() if job.options.max_memory is None else job.options.max_memory
     separate = job.options.device.type == "cuda"
     limit = _free_on(job.options.device) if separate else host
     least = max(sizes) + statistics + batch
@@ -166,20 +171,43 @@ def in_batches(job: Job, skeleton: Skeleton, decoder: StreamedDecoder) -> Job:
 
     if job.calibration is None:
         return job
-    width = job.options.compute.itemsize
-    half = _block_bytes(skeleton, decoder, 0, width) // 2
-    tokens = max(half, _SMALL_BATCH) // _token_bytes(job, skeleton, decoder)
+    tokens = batch_tokens(skeleton, decoder, job.options.compute.itemsize)
     sequences = torch.cat(job.calibration.batches)
     rows = max(1, min(tokens // sequences.shape[1], len(job.calibration.batches[0])))
     batches = list(torch.split(sequences, rows))
     return replace(job, calibration=replace(job.calibration, batches=batches))
 
 
-def _token_bytes(job: Job, skeleton: Skeleton, decoder: StreamedDecoder) -> int:
+def batch_tokens(skeleton: Skeleton, decoder: StreamedDecoder, width: int) -> int:
+    """Return how many tokens take half a block, or 32 MB, on their way through a block.
+
+    Args:
+        skeleton: the model.
+        decoder: the same.
+        width: bytes of a number of the dtype that is computed in.
+    """
+    half = _block_bytes(skeleton, decoder, 0, width) // 2
+    return max(half, _SMALL_BATCH) // _token_bytes(skeleton, decoder, width)
+
+
+def scoring_bytes(skeleton: Skeleton, decoder: StreamedDecoder, width: int) -> int:
+    """Return what a batch takes that is scored: in a block, or at a piece of the output head."""
+    config = skeleton.model.config.get_text_config()
+    tokens = scored_at_once(skeleton, decoder, width) * model_window(skeleton.model)
+    head = min(HEAD_BUDGET, int(config.vocab_size) * max(int(config.hidden_size), tokens))
+    return max(tokens * _token_bytes(skeleton, decoder, width), _HEAD_COPIES * 4 * head)
+
+
+def scored_at_once(skeleton: Skeleton, decoder: StreamedDecoder, width: int) -> int:
+    """Return how many windows of a text are scored at once: as many as a batch has tokens for."""
+    return max(1, batch_tokens(skeleton, decoder, width) // model_window(skeleton.model))
+
+
+def _token_bytes(skeleton: Skeleton, decoder: StreamedDecoder, width: int) -> int:
     """Return what a token takes on its way through a block whose inputs are looked at."""
     hidden = skeleton.model.config.get_text_config().hidden_size
     inner = max(max(shape) for shape in decoder.shapes(0).values())
-    return int((6 * inner + 8 * hidden) * job.options.compute.itemsize)
+    return int((6 * inner + 8 * hidden) * width)
 
 
 def statistic_bytes(job: Job) -> Callable[[int], int]:

@@ -22,14 +22,13 @@ from prufed_cli.models.streaming import StreamedDecoder
 from prufed_cli.progress import SILENT, Reporter
 from prufed_cli.pruning.job import Options
 from prufed_cli.pruning.memory import available_memory
+from prufed_cli.pruning.plan import scored_at_once, scoring_bytes
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from prufed_registry import Artifact
-
-_BATCH_TOKENS = 8192
 
 
 def streamed_perplexity(
@@ -65,12 +64,13 @@ def streamed_perplexity(
     model = skeleton.model
     tokens = tokenize(load_tokenizer(base, trust_remote_code=trust), text)
     check_token_ids(model, int(tokens.max()))
-    length = model_window(model)
-    batches = list(windows(tokens, length, max(1, _BATCH_TOKENS // length)))
-    held = len(tokens) * model.config.get_text_config().hidden_size * options.compute.itemsize
-    budget = options.max_memory or available_memory()
-    activations = Activations(spill if held > budget // 2 else None)
-    decoder = StreamedDecoder(skeleton, dtype, options.device, activations)
+    length, width = model_window(model), options.compute.itemsize
+    decoder = StreamedDecoder(skeleton, dtype, options.device, Activations())
+    batches = list(windows(tokens, length, scored_at_once(skeleton, decoder, width)))
+    held = len(tokens) * model.config.get_text_config().hidden_size * width
+    budget = available_memory() if options.max_memory is None else options.max_memory
+    if held + scoring_bytes(skeleton, decoder, width) > budget:
+        decoder.hold_in(spill)
     with reporter.task(f"perplexity on {text.path.name}", total=len(decoder.blocks)) as task:
         inputs = [batch[:, :-1] for batch in batches]
         states = decoder.embed(inputs)

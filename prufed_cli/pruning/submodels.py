@@ -114,7 +114,9 @@ def prune_several(
 
 
 def plan_prune(requests: Sequence[PruneRequest], **options: Unpack[PruneOptions]) -> Plan:
-    """Return what one pass would take, having checked everything :func:`prune_several` checks.
+    """Return what the passes would take, having checked everything :func:`prune_several` checks.
+
+    Where there are several, one after the other, memory is that of one and time that of all.
 
     Raises:
         PrufedError: as :func:`prune_several`.
@@ -122,7 +124,10 @@ def plan_prune(requests: Sequence[PruneRequest], **options: Unpack[PruneOptions]
     from prufed_cli.pruning.passes import plan_pass
 
     whole = _job(requests, options)
-    return plan_pass(whole if whole.nested else replace(whole, made=whole.made[:1]))
+    if whole.nested:
+        return plan_pass(whole)
+    plan = plan_pass(replace(whole, made=whole.made[:1]))
+    return replace(plan, seconds=plan.seconds * len(whole.made))
 
 
 def _run(job: Job, wanted: Sequence[int], indices: Sequence[int]) -> dict[int, PruneResult]:
@@ -190,14 +195,22 @@ def _checked(
     for request in requests:
         if request.name is not None:
             check_name(request.name)
-    checked = [replace(each, method=canonical("pruner", each.method)) for each in requests]
-    targets = [parse_target(request) for request in checked]
+    targets = [parse_target(request) for request in requests]
+    checked = [
+        replace(each, method=canonical("pruner", each.method), pattern=_spelled(target))
+        for each, target in zip(requests, targets, strict=True)
+    ]
     pruner: Pruner = build("pruner", checked[0].method, method_settings(checked[0]))
     for request, target in zip(checked, targets, strict=True):
         check_target(pruner, target, request)
     if nested:
         check_nested(pruner, checked)
     return checked, targets, pruner
+
+
+def _spelled(target: PruneTarget) -> str | None:
+    """Return a target's pattern as it is recorded, however it was typed."""
+    return None if target.pattern is None else "{}:{}".format(*target.pattern)
 
 
 def _score(job: Job, text: TextFile) -> Score:
@@ -230,6 +243,8 @@ def _calibration(
     from prufed_cli.models.calibration import LONGEST, calibration_batches
 
     if not pruner.needs_calibration:
+        if request.calibration is not None:
+            reporter.warn(f"{request.method} does not calibrate; {request.calibration} is not read")
         return None
     config = json.loads((base.path / "config.json").read_text(encoding="utf-8"))
     positions = positions_of(config.get("text_config", config))

@@ -46,6 +46,21 @@ class WorkBlock:
     masks: Path
     facts: Path
 
+    def is_whole(self) -> bool:
+        """Return whether the block is finished, and everything of it can be read."""
+        from prufed_cli.models.stored import read_header
+
+        if not self.facts.is_file():
+            return False
+        try:
+            facts = self.read_facts()
+            if facts["shapes"]:
+                read_header(self.weights)
+                read_header(self.masks)
+        except (OSError, ValueError, KeyError, PrufedError):
+            return False
+        return True
+
     def read_facts(self) -> dict[str, Any]:
         """Return what :attr:`facts` holds."""
         facts: dict[str, Any] = json.loads(self.facts.read_text(encoding="utf-8"))
@@ -70,7 +85,7 @@ class Work:
     def finished(self, made: int, blocks: int) -> int:
         """Return how many blocks, from the first on, are finished in all sub-models."""
         for index in range(blocks):
-            if not all(self.block(each, index).facts.is_file() for each in range(made)):
+            if not all(self.block(each, index).is_whole() for each in range(made)):
                 return index
         return blocks
 

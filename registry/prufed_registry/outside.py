@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from prufed_registry.durable import TEMPORARY_PREFIX, delete_tree
+from prufed_registry.durable import TEMPORARY_PREFIX, delete_tree, storage_errors
 from prufed_registry.errors import InvalidRequest
 
 
@@ -24,13 +24,18 @@ def new_directory(directory: Path) -> Iterator[Path]:
     directory = directory.absolute()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InvalidRequest(f"{directory} exists and is not empty", "name a new directory")
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    with storage_errors(f"write {directory}"):
+        directory.parent.mkdir(parents=True, exist_ok=True)
     partial = directory.with_name(f"{TEMPORARY_PREFIX}{directory.name}")
     lock_file = partial.with_name(f"{partial.name}.lock")
     lock = FileLock(lock_file, timeout=0, thread_local=False)
     try:
         lock.acquire()
     except Timeout:
+        if not lock_file.exists():
+            raise InvalidRequest(
+                f"cannot write {directory}", "check the directory's permissions and its disk"
+            ) from None
         raise InvalidRequest(
             f"another process writes {directory} right now", "wait until it has ended"
         ) from None

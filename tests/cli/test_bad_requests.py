@@ -40,6 +40,7 @@ def test_sparsity_outside_its_range(prune: Call, nothing_made: Call, sparsity: s
         pytest.param([*SPARSE, "--device", "abacus"], "no device 'abacus'", id="unknown-device"),
         pytest.param([*SPARSE, "--dtype", "int3"], "no dtype 'int3'", id="unknown-dtype"),
         pytest.param([*SPARSE, "--max-memory", "lots"], "'lots' is no size", id="no-size"),
+        pytest.param([*SPARSE, "--max-memory", "0"], "0 bytes is no memory", id="no-memory"),
         pytest.param([*SPARSE, "--nested"], "needs several sparsities", id="nested-in-nothing"),
         pytest.param(
             ["--sparsity", "0.75,0.25,0.5", "--nested"],

@@ -98,12 +98,42 @@ def test_killed_again_and_again(
         before = finished(prufed_home)
         wait_for(child, lambda before=before: finished(prufed_home) > before)
         time.sleep(moment)
-        if child.poll() is not None:
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+        if child.returncode == 0:  # it was over before
             break
-        kill(child)
     made = prufed(*slow)
     assert digest(registry, made.out) == digest(registry, prufed(*slow, "--force").out)
     assert not (prufed_home / "prunes").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("00-00000.json", lambda content: content[:20]),
+        ("00-00000.safetensors", lambda content: content[:-1]),
+        ("00-00000.masks.safetensors", lambda content: b""),
+    ],
+)
+def test_a_block_that_is_damaged_afterwards_is_pruned_again(
+    fork: Start,
+    prufed: Call,
+    registry: Registry,
+    prufed_home: Path,
+    slow: tuple[object, ...],
+    file: str,
+    damage: Callable[[bytes], bytes],
+) -> None:
+    child = fork(*slow)
+    wait_for(child, lambda: finished(prufed_home) >= 1)
+    kill(child)
+    (spoilt,) = prufed_home.glob(f"prunes/*/{file}")
+    spoilt.write_bytes(damage(spoilt.read_bytes()))
+    made = prufed(*slow)
+    assert made.code == 0, made.err
+    assert "resuming" not in made.err
+    assert digest(registry, made.out) == digest(registry, prufed(*slow, "--force").out)
 
 
 @pytest.mark.slow

@@ -222,7 +222,12 @@ def test_a_round_whose_clients_are_all_excluded_ends_the_run_and_says_why(
     result = prufed("federate", "--clients", str(path), "--quiet")
     assert result.returncode == 1
     assert result.stdout == ""
-    assert result.stderr.splitlines() == [
+    *warnings, error, hint = result.stderr.splitlines()
+    assert [line.partition(" is ")[0] for line in warnings] == [
+        "warning: client c0",
+        "warning: client c1",
+    ]
+    assert [error, hint] == [
         "error: round 1 has no usable updates of 2, and 1 is needed",
         "hint: `prufed runs show fed-1` says why each was excluded",
     ]
@@ -233,7 +238,7 @@ def test_a_round_whose_clients_are_all_excluded_ends_the_run_and_says_why(
     path = write_configuration(federation(configuration, tmp_path, "nan", "nan"))
     failed = prufed("federate", "--clients", str(path), "--quiet")
     assert failed.returncode == 1
-    assert failed.stderr.startswith("error: round 1 has no adapters of 2 clients, and 1 is needed")
+    assert "\nerror: round 1 has no adapters of 2 clients, and 1 is needed\n" in failed.stderr
 
 
 @pytest.mark.parametrize(

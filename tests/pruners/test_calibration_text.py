@@ -110,6 +110,13 @@ def test_rows_give_their_text_or_their_instruction(tokenizer: Any, tmp_path: Pat
     assert rows_of(calibration) == [[50, 1, 2, 50, 3, 4, 50, 5, 6, 7, 50, 8, 9, 50, 5, 6]]
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    for name, text in (("a.txt", "w1"), ("a.jsonl", '{"text": "w1"}')):
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8-sig")
+        assert list(documents(str(path))) == ["w1"]
+
+
 def test_a_saved_data_set_and_a_directory_of_files(tokenizer: Any, tmp_path: Path) -> None:
     import datasets
 
@@ -147,6 +154,11 @@ def test_cut_never_runs_over_the_end() -> None:
         ("other.jsonl", b'{"text": "w1"}\n{"body": "w2"}\n', "other.jsonl line 2 has no text"),
         ("list.jsonl", b"[1, 2]\n", "list.jsonl line 1 has no text"),
         ("null.jsonl", b'{"text": null}\n', "null.jsonl line 1 has no text"),
+        ("deep.jsonl", b"[" * 100_000, "deep.jsonl line 1 is not JSON"),
+        ("long.jsonl", b'{"text": %s}' % (b"1" * 5000), "long.jsonl line 1 is not JSON"),
+        ("half.jsonl", b'{"text": "\\ud800 w1"}\n', "half.jsonl line 1 holds half of a surrogate"),
+        ("UPPER.JSONL", b'{"body": "w1"}\n', "UPPER.JSONL line 1 has no text"),
+        ("rows.ndjson", b'{"body": "w1"}\n', "rows.ndjson line 1 has no text"),
     ],
 )
 def test_damaged_files(

@@ -554,6 +554,41 @@ def test_too_little_memory_is_refused_with_the_figure(
     assert one.artifact.digest == other.artifact.digest
 
 
+def test_the_plan_counts_all_passes_and_what_is_scored(llama: Any, saved: Save, text: Path) -> None:
+    wanted = request(saved(llama), text)
+    one = plan_prune([wanted], device="cpu")
+    three = plan_prune(at_sparsities(wanted, [0.2, 0.4, 0.6]), device="cpu")
+    assert three.least == one.least
+    assert three.seconds > 1.5 * one.seconds
+    scored = plan_prune([replace(wanted, perplexity=str(text))], device="cpu")
+    assert scored.batch >= one.batch
+    with pytest.raises(PrufedError, match="more than the 0 bytes there may be"):
+        plan_prune([wanted], device="cpu", max_memory=0)
+
+
+def test_a_pattern_is_recorded_as_one_however_it_is_typed(
+    llama: Any, saved: Save, text: Path
+) -> None:
+    base = saved(llama)
+    first, second = (
+        prune(request(base, text, method="magnitude", sparsity=None, pattern=spelled), device="cpu")
+        for spelled in ("2:4", "02:04")
+    )
+    assert second.reused
+    assert first.artifact.name.endswith("magnitude-2-of-4")
+
+
+def test_a_text_that_no_method_reads_is_told(llama: Any, saved: Save, text: Path) -> None:
+    told: list[str] = []
+
+    class Told(Reporter):
+        def warn(self, message: str) -> None:
+            told.append(message)
+
+    prune(request(saved(llama), text, method="magnitude"), device="cpu", reporter=Told())
+    assert told == [f"magnitude does not calibrate; {text} is not read"]
+
+
 def test_a_tokenizer_of_another_model(
     new_model: Callable[..., Any], saved: Save, text: Path
 ) -> None:
