@@ -59,8 +59,9 @@ def run_pass(job: Job, wanted: Sequence[int]) -> list[Artifact]:
             work.clear()
         _use_threads_of(work)
         with _can_be_resumed(job, work, len(decoder.blocks)), storage_errors("prune"):
+            plan = _told_plan(job, skeleton, decoder, work)
             score = _scorer(job, work)
-            outcomes = _prune(job, skeleton, decoder, work)
+            outcomes = _prune(job, skeleton, decoder, work, plan)
             artifacts = [
                 publish(job, job.made[each], outcomes[each], score, time.monotonic() - started)
                 for each in wanted
@@ -124,14 +125,21 @@ def _use_threads_of(work: Work) -> None:
     torch.set_num_threads(begun["threads"])
 
 
-def _prune(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, work: Work) -> Sequence[Outcome]:
-    total = len(decoder.blocks)
-    finished = work.finished(len(job.made), total)
-    plan = make_plan(job, skeleton, decoder, finished)
+def _told_plan(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, work: Work) -> Plan:
+    """Return the plan of what is left to do, and tell it before any of it is done."""
+    plan = make_plan(job, skeleton, decoder, work.finished(len(job.made), len(decoder.blocks)))
+    decoder.release()
     for line in plan.lines():
         job.reporter.note(line)
     warn_of_few_tokens(job, decoder)
-    decoder.release()
+    return plan
+
+
+def _prune(
+    job: Job, skeleton: Skeleton, decoder: StreamedDecoder, work: Work, plan: Plan
+) -> Sequence[Outcome]:
+    total = len(decoder.blocks)
+    finished = work.finished(len(job.made), total)
     decoder.hold_in(work.path if plan.in_file else None)
     store = BlockStore(work, skeleton, decoder, len(job.made), base_masks(job.base) or {})
     if finished:
