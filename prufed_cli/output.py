@@ -129,12 +129,7 @@ class _LineTask(Task):
     def __init__(self, description: str) -> None:
         self.description = description
 
-    def update(
-        self,
-        description: str | None = None,
-        total: float | None = None,
-        completed: float | None = None,
-    ) -> None:
+    def update(self, description: str | None = None, total: float | None = None) -> None:
         """Keep the newest description for the closing line."""
         self.description = description or self.description
 
@@ -198,13 +193,10 @@ class _BarTask(Task):
         """Move the bar."""
         self._progress.advance(self._identifier, steps)
 
-    def update(
-        self,
-        description: str | None = None,
-        total: float | None = None,
-        completed: float | None = None,
-    ) -> None:
-        """Change the text, the length or the place of the bar."""
-        self._progress.update(
-            self._identifier, description=description, total=total, completed=completed
-        )
+    def reach(self, steps: float) -> None:
+        """Move the bar to a place."""
+        self._progress.update(self._identifier, completed=steps)
+
+    def update(self, description: str | None = None, total: float | None = None) -> None:
+        """Change the text or the length of the bar."""
+        self._progress.update(self._identifier, description=description, total=total)

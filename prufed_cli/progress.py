@@ -13,13 +13,11 @@ class Task:
     def advance(self, steps: float = 1) -> None:
         """Report that ``steps`` more are done."""
 
-    def update(
-        self,
-        description: str | None = None,
-        total: float | None = None,
-        completed: float | None = None,
-    ) -> None:
-        """Change what is being done, how much of it there is, or how much of that is done."""
+    def reach(self, steps: float) -> None:
+        """Report that ``steps`` of all are done."""
+
+    def update(self, description: str | None = None, total: float | None = None) -> None:
+        """Change what is being done, or how much of it there is."""
 
 
 class Reporter:

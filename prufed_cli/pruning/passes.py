@@ -107,10 +107,11 @@ def _check_dtype(job: Job, skeleton: Skeleton, decoder: StreamedDecoder) -> None
         for name in decoder.shapes(index):
             stored = skeleton.stored[f"{name}.weight"].dtype
             if torch.promote_types(stored, compute) != compute:
+                wide = stored == torch.float64
                 raise PrufedError(
                     f"{_bare(compute)} would round {name}.weight of {job.base.ref}, which is "
                     f"stored in {_bare(stored)}",
-                    f"compute in its own dtype: --dtype {_bare(stored)}",
+                    "store the base in float32" if wide else f"use --dtype {_bare(stored)}",
                     USAGE,
                 )
 
@@ -145,11 +146,12 @@ def _prune(
     if finished:
         job.reporter.note(f"resuming after block {finished} of {total}")
     with job.reporter.task(f"prune with {job.method}", total=total) as task:
-        task.update(completed=finished)
+        task.reach(finished)
 
         def progress(what: str, done: int, of: int) -> None:
             interrupts.check()
-            task.update(f"prune with {job.method}: {what} {done}/{of}", total=of, completed=done)
+            task.update(f"prune with {job.method}: {what} {done}/{of}", total=of)
+            task.reach(done)
 
         try:
             if job.pruner.result == "sliced":
@@ -215,7 +217,8 @@ def _surveyed(job: Job, decoder: StreamedDecoder, work: Work) -> Sequence[PruneT
                 if not tasks:  # a pruner that has nothing to look for says nothing
                     opened = job.reporter.task("survey the model", total=of)
                     tasks.append(stack.enter_context(opened))
-                tasks[0].update(f"{what} {done}/{of}", total=of, completed=done)
+                tasks[0].update(f"{what} {done}/{of}", total=of)
+                tasks[0].reach(done)
 
             return {"targets": [vars(one) for one in _survey(job, decoder, progress)]}
 

@@ -366,14 +366,7 @@ class Counting(Reporter, Task):
     def task(self, description: str, total: float | None = None) -> Iterator[Task]:
         yield self
 
-    def update(
-        self,
-        description: str | None = None,
-        total: float | None = None,
-        completed: float | None = None,
-    ) -> None:
-        if description is None:
-            return
+    def update(self, description: str | None = None, total: float | None = None) -> None:
         self.steps[str(description).rpartition(" ")[0]] += 1
 
 

@@ -184,13 +184,13 @@ class Places(Reporter):
         said = self.said
 
         class Place(Task):
-            def update(
-                self,
-                description: str | None = None,
-                total: float | None = None,
-                completed: float | None = None,
-            ) -> None:
-                said.append((completed, total))
+            total: float | None = None
+
+            def reach(self, steps: float) -> None:
+                said.append((steps, self.total))
+
+            def update(self, description: str | None = None, total: float | None = None) -> None:
+                self.total = total or self.total
 
         return nullcontext(Place())
 
