@@ -553,8 +553,11 @@ def test_the_plan_counts_all_passes_and_what_is_scored(llama: Any, saved: Save, 
     three = plan_prune(at_sparsities(wanted, [0.2, 0.4, 0.6]), device="cpu")
     assert three.least == one.least
     assert three.seconds > 1.5 * one.seconds
-    scored = plan_prune([replace(wanted, perplexity=str(text))], device="cpu")
-    assert scored.batch >= one.batch
+    plain = request(wanted.base, text, method="magnitude")
+    unscored, scored = (
+        plan_prune([replace(plain, perplexity=file)], device="cpu") for file in (None, str(text))
+    )
+    assert scored.batch > unscored.batch
     with pytest.raises(PrufedError, match="more than the 0 bytes there may be"):
         plan_prune([wanted], device="cpu", max_memory=0)
 
