@@ -1,8 +1,10 @@
-"""Float32 matrix products on a CPU, at the full width of its vectors.
+"""Matrix products on a CPU, at the full width of its vectors.
 
-torch leaves them to MKL, which uses AVX-512 on Intel's processors alone: on others that have it,
-half their speed is lost. oneDNN, which torch brings for half precision and convolutions, uses it on
-all of them. Everywhere else these functions are torch's own.
+In float32, torch leaves them to MKL, which uses AVX-512 on Intel's processors alone: on others that
+have it, half their speed is lost. oneDNN, which torch brings for half precision and convolutions,
+uses it on all of them. In half precision torch takes oneDNN's where the processor has instructions
+that it can use, else loops that take four times as long as float32. Everywhere else these functions
+are torch's own.
 """
 
 from __future__ import annotations
@@ -33,6 +35,9 @@ REGULAR: Final = 128
 """Tokens of a linear layer are not cut where they are a multiple of this, as in whole batches;
 those that a router sends to an expert come in any number."""
 
+WIDENED: Final = 1024
+"""Tokens, and rows of a matrix, that are widened into float32 at once."""
+
 _HEIGHT: Final = 512
 """Rows of a product that are made at once, before they are added to others."""
 
@@ -44,6 +49,16 @@ def mkl_is_narrow() -> bool:
     mkl, onednn = torch.backends.mkl, torch.backends.mkldnn
     brought = mkl.is_available() and onednn.is_available()  # type: ignore[no-untyped-call]
     return wide and brought and "GenuineIntel" not in _processor()
+
+
+@cache
+def lacks_products(dtype: torch.dtype) -> bool:
+    """Return whether oneDNN has no products of this half-precision dtype on this processor."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if dtype == torch.bfloat16:
+        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
@@ -101,9 +116,11 @@ def linear(
 
 
 class WideLinears(TorchFunctionMode):
-    """While this context is entered, linear layers without gradients run by :func:`linear`.
+    """While this context is entered, linear layers without gradients run at full speed.
 
-    It covers what ``nn.Linear`` and GPT-2's ``Conv1D`` call, wherever :func:`mkl_is_narrow`.
+    It covers what ``nn.Linear`` and GPT-2's ``Conv1D`` call: in float32 by :func:`linear`, wherever
+    :func:`mkl_is_narrow`, and in half precision by :func:`widened`, wherever the processor
+    :func:`lacks_products` of it.
     """
 
     def __torch_function__(
@@ -115,11 +132,40 @@ class WideLinears(TorchFunctionMode):
     ) -> Any:
         """Run one of torch's functions."""
         if not kwargs and not torch.is_grad_enabled():
-            if func is functional.linear and _suits(args[0], args[1].t()):
-                return _linear_layer(*args)
-            if func is torch.addmm and args[0].dim() == 1 and _suits(args[1], args[2]):
-                return _linear_layer(args[1], args[2].t(), args[0])
+            if func is functional.linear and (layer := _layer_for(args[0], args[1].t())):
+                return layer(*args)
+            if func is torch.addmm and args[0].dim() == 1 and (layer := _layer_for(*args[1:])):
+                return layer(args[1], args[2].t(), args[0])
         return func(*args, **(kwargs or {}))
+
+
+def widened(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x·Wᵀ + b in half precision, summed in float32 and rounded once.
+
+    Args:
+        inputs: (…, k).
+        weight: (n, k), of the same dtype.
+        bias: (n,).
+    """
+    tokens = inputs.reshape(-1, inputs.shape[-1])
+    result = tokens.new_empty(tokens.shape[0], weight.shape[0])
+    for x, part in zip(*(torch.split(one, WIDENED) for one in (tokens, result)), strict=True):
+        wide = x.float()
+        for first in range(0, weight.shape[0], WIDENED):
+            rows = slice(first, first + WIDENED)
+            some = weight[rows].float()
+            compute = _layer_for(wide, some.t()) or functional.linear
+            part[:, rows] = compute(wide, some, None if bias is None else bias[rows].float())
+    return result.reshape(*inputs.shape[:-1], -1)
+
+
+def _layer_for(left: Tensor, right: Tensor) -> Callable[..., Tensor] | None:
+    """Return what computes a linear layer, (…, k) by (k, n), faster than torch, if anything."""
+    if not _is_large(left, right):
+        return None
+    if left.dtype == torch.float32:
+        return _linear_layer if mkl_is_narrow() else None
+    return widened if lacks_products(left.dtype) else None
 
 
 def _linear_layer(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -135,14 +181,18 @@ def _linear_layer(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) ->
 
 
 def _suits(left: Tensor, right: Tensor) -> bool:
-    """Return whether oneDNN does (…, k) by (k, n) faster than MKL."""
+    """Return whether oneDNN does (…, k) by (k, n) in float32 faster than MKL."""
+    return left.dtype == torch.float32 and _is_large(left, right) and mkl_is_narrow()
+
+
+def _is_large(left: Tensor, right: Tensor) -> bool:
+    """Return whether (…, k) by (k, n), on a CPU, is worth preparing."""
     return (
         left.dim() > 1
         and right.dim() == 2
-        and left.dtype == right.dtype == torch.float32
+        and left.dtype == right.dtype
         and left.device.type == right.device.type == "cpu"
         and left.numel() * right.shape[-1] >= SMALLEST
-        and mkl_is_narrow()
     )
 
 

@@ -1,4 +1,4 @@
-"""Float32 products on processors whose vectors MKL does not make full use of."""
+"""Products where MKL leaves vectors half unused, or where half precision has none."""
 
 from __future__ import annotations
 
@@ -143,15 +143,70 @@ def test_gpt2s_layers_give_what_they_gave() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@wide_only
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_dtypes_are_left_alone(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_dtypes_that_torch_computes_well_are_left_alone(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "lacks_products", lambda asked: False)
     torch.manual_seed(0)
     layer, x = nn.Linear(200, 900).to(dtype), random(100, 200).to(dtype)
     with torch.no_grad():
         expected = layer(x)
         with WideLinears():
             assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_a_processor_lacks_is_what_onednn_says(dtype: torch.dtype) -> None:
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    assert products.lacks_products(dtype) is not supported[dtype]()
+    assert not products.lacks_products(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(3, 700, 200), (1500, 200), (2, 0, 200), (200,)])
+@pytest.mark.parametrize("kind", ["linear", "linear without bias", "Conv1D"])
+def test_half_precision_is_summed_in_float32_and_rounded_once(
+    kind: str, shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "lacks_products", lambda asked: True)
+    torch.manual_seed(0)
+    layer = Conv1D(1100, 200) if kind == "Conv1D" else nn.Linear(200, 1100, kind == "linear")
+    nn.init.normal_(layer.weight)
+    if layer.bias is not None:
+        nn.init.normal_(layer.bias)
+    layer, x = layer.to(dtype), random(*shape).to(dtype)
+    with torch.no_grad():
+        with WideLinears():
+            found = layer(x)
+        exact = layer.double()(x.double()).reshape(found.shape)
+    assert found.dtype == dtype
+    step = torch.finfo(dtype).eps / 2  # of rounding to nearest
+    if x.dim() > 1:
+        assert bool(((found.double() - exact).abs() <= exact.abs() * step * 1.01 + 1e-4).all())
+    else:  # a single token is left to torch
+        torch.testing.assert_close(found.double(), exact, rtol=4 * step, atol=0.05)
+
+
+def test_widening_takes_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a layer of (4096, 4096), float32 is held of 1024 tokens and 1024 rows at a time."""
+    monkeypatch.setattr(products, "lacks_products", lambda asked: True)
+    largest = 0
+
+    def watch(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        nonlocal largest
+        largest = max(largest, inputs.numel(), weight.numel())
+        return functional.linear(inputs, weight, bias)
+
+    monkeypatch.setattr(products, "_layer_for", lambda left, right: watch)
+    x, weight = random(2500, 512).bfloat16(), random(3000, 512, seed=1).bfloat16()
+    with torch.no_grad():
+        found = products.widened(x, weight)
+    assert found.shape == (2500, 3000)
+    assert largest == 1024 * 512
 
 
 @wide_only
