@@ -75,10 +75,10 @@ def help_text() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _open_what_is_closed()
     interrupts.watch()
     try:
         code = _run(arguments)
-        sys.stdout.flush()
     except KeyboardInterrupt as interrupt:
         return _interrupted(getattr(interrupt, "hint", None))
     except BrokenPipeError:
@@ -93,19 +93,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
+def _open_what_is_closed() -> None:
+    """Send nowhere what the caller closed (`prufed list >&-`).
+
+    Else the next file that is opened takes the stream's number, and what is said goes into it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+            setattr(sys, name, open(number, "w" if number else "r"))  # noqa: SIM115  for good
+
+
 def _interrupted(hint: str | None) -> int:
     sys.stderr.write(f"interrupted; {hint}\n" if hint else "interrupted\n")
     return 130
 
 
+def _say(text: str, code: int = 0) -> int:
+    from prufed_cli.errors import PrufedError
+    from prufed_cli.output import write_out
+
+    try:
+        write_out(text)
+    except PrufedError as error:
+        sys.stderr.write(f"error: {error.message}\n")
+        return error.exit_code
+    return code
+
+
 def _run(arguments: list[str]) -> int:
     if "_PRUFED_COMPLETE" not in os.environ:
         if not arguments or arguments[0] in {"-h", "--help"}:
-            sys.stdout.write(help_text())
-            return 0 if arguments else 2
+            return _say(help_text(), 0 if arguments else 2)
         if arguments[0] == "--version":
-            sys.stdout.write(f"prufed {__version__}\n")
-            return 0
+            return _say(f"prufed {__version__}\n")
     from prufed_cli.app import run
 
     return run(arguments)

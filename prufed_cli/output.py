@@ -7,12 +7,14 @@ stdout carries only what a script may want: a reference as the last line, a tabl
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
+from prufed_cli.errors import PrufedError
 from prufed_cli.progress import Reporter, Task
 
 if TYPE_CHECKING:
@@ -25,12 +27,36 @@ SCHEMA: Final = 1
 
 def emit_json(document: Mapping[str, Any]) -> None:
     """Print one JSON document with its schema version."""
-    sys.stdout.write(json.dumps({"schema": SCHEMA, **document}, indent=2, default=str) + "\n")
+    print_line(json.dumps({"schema": SCHEMA, **document}, indent=2, default=str))
 
 
 def print_line(text: str) -> None:
     """Print one line of result."""
-    sys.stdout.write(text + "\n")
+    write_out(text + "\n")
+
+
+def write_out(text: str) -> None:
+    """Write on stdout.
+
+    Raises:
+        PrufedError: what stdout leads to takes no more, such as a full disk.
+    """
+    with _writing():
+        sys.stdout.write(text)
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # What is left of it would be tried again, and complained about, when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        reason = (error.strerror or str(error)).lower()
+        raise PrufedError(f"cannot write to standard output: {reason}") from error
 
 
 def table(
@@ -56,9 +82,10 @@ def table(
         )
     for row in rows:
         drawn.add_row(*(Text(str(cell)) for cell in row))
-    if title:
-        console.print(Text(title), soft_wrap=True)
-    console.print(drawn)
+    with _writing():
+        if title:
+            console.print(Text(title), soft_wrap=True)
+        console.print(drawn)
 
 
 def size_text(size: int) -> str:

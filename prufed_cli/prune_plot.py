@@ -106,7 +106,7 @@ def write_figure(figure: Figure, path: Path) -> None:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "prufed"}):
         metadata = {"Date": None} if kind == "svg" else {"Software": None}
         figure.savefig(content, format=kind, dpi=150, bbox_inches="tight", metadata=metadata)
-    with storage_errors(f"write {path}"):
+    with storage_errors(f"write {path}", outside=True):
         write_atomically(path, content.getvalue())
 
 

@@ -79,23 +79,30 @@ def is_full_disk(error: BaseException | None) -> bool:
     return any(words in str(error) for words in _FULL_WORDS)
 
 
-def full_disk_error(action: str) -> RegistryError:
-    """Return the one sentence for a full disk; `action` is as in "cannot publish tiny"."""
+def full_disk_error(action: str, *, outside: bool = False) -> RegistryError:
+    """Return the one sentence for a full disk; see :func:`storage_errors`."""
     return RegistryError(
         f"cannot {action}: the disk is full",
-        "free some space ('prufed gc --dry-run' tells what gc would free), "
+        "free some space there, or choose a directory on another disk"
+        if outside
+        else "free some space ('prufed gc --dry-run' tells what gc would free), "
         "or set PRUFED_HOME to a directory on another disk",
     )
 
 
 @contextmanager
-def storage_errors(action: str) -> Iterator[None]:
-    """Turn an operating system's error into one sentence; `action` is as in "publish tiny"."""
+def storage_errors(action: str, *, outside: bool = False) -> Iterator[None]:
+    """Turn an operating system's error into one sentence.
+
+    Args:
+        action: as in "publish tiny", after "cannot".
+        outside: whether it is not in prufed's home that files are written.
+    """
     try:
         yield
     except OSError as error:
         if is_full_disk(error):
-            raise full_disk_error(action) from error
+            raise full_disk_error(action, outside=outside) from error
         where = f" ({error.filename})" if error.filename else ""
         reason = (error.strerror or str(error)).lower()
         raise RegistryError(

@@ -6,8 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from prufed_registry.durable import TEMPORARY_PREFIX, delete_tree, storage_errors
-from prufed_registry.errors import InvalidRequest
+from prufed_registry.durable import (
+    TEMPORARY_PREFIX,
+    delete_tree,
+    full_disk_error,
+    is_full_disk,
+    storage_errors,
+)
+from prufed_registry.errors import InvalidRequest, RegistryError
 
 
 @contextmanager
@@ -18,13 +24,14 @@ def new_directory(directory: Path) -> Iterator[Path]:
 
     Raises:
         InvalidRequest: there is something at `directory`, or another process is writing it.
+        RegistryError: its disk is full.
     """
     from filelock import FileLock, Timeout
 
     directory = directory.absolute()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InvalidRequest(f"{directory} exists and is not empty", "name a new directory")
-    with storage_errors(f"write {directory}"):
+    with storage_errors(f"write {directory}", outside=True):
         directory.parent.mkdir(parents=True, exist_ok=True)
     partial = directory.with_name(f"{TEMPORARY_PREFIX}{directory.name}")
     lock_file = partial.with_name(f"{partial.name}.lock")
@@ -47,6 +54,10 @@ def new_directory(directory: Path) -> Iterator[Path]:
             directory.rmdir()
         lock_file.unlink()  # before, so that a kill after the rename leaves nothing beside it
         partial.rename(directory)
+    except Exception as error:
+        if is_full_disk(error) and not isinstance(error, RegistryError):
+            raise full_disk_error(f"write {directory}", outside=True) from error
+        raise
     finally:
         delete_tree(partial)
         lock_file.unlink(missing_ok=True)

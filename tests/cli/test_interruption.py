@@ -207,6 +207,31 @@ def test_output_that_nobody_reads(process: Start, registry: Registry, arguments:
     assert child.wait(timeout=60) == 1
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+@pytest.mark.parametrize("arguments", [["list"], ["--help"], ["--version"], ["show", "tiny"]])
+def test_output_that_does_not_fit(registry: Registry, arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "prufed_cli", *arguments],
+            stdout=full, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    assert ended.returncode == 1
+    assert ended.stderr == "error: cannot write to standard output: no space left on device\n"
+
+
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("arguments", ["list --json", "--help", "prune --method top --set drop=2"])
+def test_output_that_was_closed(registry: Registry, arguments: str, closed: str) -> None:
+    """What is said goes nowhere, and not into the files that are opened next."""
+    command = f"{sys.executable} -m prufed_cli {arguments} {closed}"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert ended.returncode == 0
+    assert "Traceback" not in ended.stderr
+    if arguments.startswith("prune"):
+        sound(registry, garbage=True)
+        assert len(registry.list(kind="pruned")) == 1
+
+
 def test_list_into_head(registry: Registry, base_directory: Path) -> None:
     for number in range(20):
         registry.import_directory(base_directory, name=f"copy-{number}")

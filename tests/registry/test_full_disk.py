@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from prufed_registry import Registry, RegistryError
+from prufed_registry.outside import new_directory
 
 
 def files_under(root: Path) -> set[str]:
@@ -84,6 +85,28 @@ def test_a_disk_with_any_number_of_free_pages(small_disk, publish_into, assert_s
     assert 0 not in succeeded
     assert 9 in succeeded
     assert succeeded == list(range(succeeded[0], 10))
+
+
+def test_a_full_disk_outside_the_registry_is_not_mended_by_another_home(
+    registry, publish_into, tmp_path, run_child
+):
+    publish_into(registry)
+    target = tmp_path / "out"
+
+    def fill() -> None:
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        with pytest.raises(RegistryError, match="the disk is full") as caught:
+            registry.export("tiny", target)
+        assert "PRUFED_HOME" not in (caught.value.hint or "")
+        with (
+            pytest.raises(RegistryError, match=f"cannot write {target}: the disk is full"),
+            new_directory(target) as partial,
+        ):
+            (partial / "large").write_bytes(b"x" * 1000)
+
+    assert run_child(fill) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["registry"]
 
 
 def test_a_caller_that_fills_the_disk_itself_gets_the_same_sentence(registry):
