@@ -104,7 +104,7 @@ def _open_what_is_closed() -> None:
             if nowhere != number:
                 os.dup2(nowhere, number)
                 os.close(nowhere)
-            setattr(sys, name, open(number, "w" if number else "r"))  # noqa: SIM115  for good
+            setattr(sys, name, os.fdopen(number, "w" if number else "r"))
 
 
 def _interrupted(hint: str | None) -> int:

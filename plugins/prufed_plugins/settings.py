@@ -158,11 +158,24 @@ def check_settings(model: type[BaseModel], settings: Mapping[str, Any]) -> list[
     from pydantic import ValidationError
 
     try:
-        model.model_validate(dict(settings))
+        accepted = model.model_validate(dict(settings))
     except ValidationError as error:
         problems = (_problem(model, details, settings) for details in error.errors())
         return list(dict.fromkeys(problems))
-    return []
+    return _counted(accepted, settings)
+
+
+def _counted(accepted: BaseModel, settings: Mapping[str, Any]) -> list[Problem]:
+    """Return a problem for every true or false that pydantic took for a 1 or a 0."""
+    schema = _schema(type(accepted)).get("properties", {})
+    problems = []
+    for name, field in type(accepted).model_fields.items():
+        spelling = _spelling(name, field)
+        given, value = settings.get(spelling), getattr(accepted, name)
+        if isinstance(given, bool) and isinstance(value, int | float) and value is not given:
+            accepts = _accepts(schema.get(spelling, {})) or "a number"
+            problems.append(Problem(spelling, f"must be {accepts}, not {given!r}"))
+    return problems
 
 
 def validate(label: str, model: type[BaseModel], settings: Mapping[str, Any]) -> BaseModel:

@@ -14,6 +14,7 @@ import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -36,7 +37,6 @@ FIELDS: Final = ("instruction", "context", "input", "response", "output")
 HINT: Final = "pass a text or JSONL file, a directory, a Hub data set, or nothing for the built-in"
 
 _ROWS: Final = frozenset({".jsonl", ".ndjson", ".json"})
-_NoJson: Final = json.JSONDecodeError
 _OVERLAP: Final = len(END_OF_DOCUMENT) - 1
 _PIECE: Final = 1 << 20
 _HUB_ID: Final = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
@@ -70,10 +70,10 @@ def calibration_batches(
     """Return batches of calibration sequences.
 
     Args:
-        source: a text file; a ``.jsonl`` file; a local ``datasets`` directory; the id of a data set
-            on the Hub, ``id`` or ``id:configuration``; None for the embedded text. Rows have a
-            ``text``, or ``messages``, or an ``instruction``, ``context`` and ``response`` (Alpaca's
-            ``input`` and ``output``).
+        source: a text file; a ``.jsonl`` or ``.json`` file; a local ``datasets`` directory; the id
+            of a data set on the Hub, ``id`` or ``id:configuration``; None for the embedded text.
+            Rows have a ``text``, or ``messages``, or an ``instruction``, ``context`` and
+            ``response`` (Alpaca's ``input`` and ``output``).
         tokenizer: of the model to be pruned.
         samples: how many sequences; a short text gives fewer.
         length: tokens per sequence; None for what the tokenizer's model takes, at most ``longest``
@@ -138,7 +138,7 @@ def documents(source: str | None) -> Iterator[str]:
         return _directory(path)
     suffix = path.suffix.lower()
     if path.exists():  # a pipe, too
-        return _json_lines(path) if suffix in _ROWS else _text_file(path)
+        return _json_rows(path) if suffix in _ROWS else _text_file(path)
     if suffix in _ROWS | {".txt", ".text", ".md"} or not _HUB_ID.fullmatch(source):
         raise PrufedError(f"calibration text {source} does not exist", HINT, NOT_FOUND)
     return _hub(source)
@@ -203,26 +203,50 @@ def _text_file(path: Path) -> Iterator[str]:
     yield rest.strip("\n")
 
 
-def _json_lines(path: Path) -> Iterator[str]:
+def _json_rows(path: Path) -> Iterator[str]:
+    """Yield the rows of a file with one object per line; a ``.json`` file may be a list of them."""
     try:
         with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield row_text(_parse(path, number, line), f"{path.name} line {number}")
+            begun = list(_up_to_text(file))
+            if path.suffix.lower() == ".json" and begun[-1:] and begun[-1].lstrip().startswith("["):
+                rows = _list(path.name, "".join(begun) + file.read())
+            else:
+                rows = _lines(path.name, chain(begun, file))
+            for where, row in rows:
+                yield row_text(row, where)
     except (UnicodeDecodeError, OSError) as error:
         raise _unreadable(path, error) from error
 
 
-def _parse(path: Path, number: int, line: str) -> Any:
+def _up_to_text(lines: Iterable[str]) -> Iterator[str]:
+    for line in lines:
+        yield line
+        if line.strip():
+            return
+
+
+def _list(name: str, text: str) -> Iterator[tuple[str, Any]]:
+    for number, row in enumerate(_parse(text, name, "is the list cut off?"), start=1):
+        yield f"{name} row {number}", row
+
+
+def _lines(name: str, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    hint = "write one JSON object per line; is the file cut off?"
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            where = f"{name} line {number}"
+            yield where, _parse(line, where, hint)
+
+
+def _parse(text: str, where: str, hint: str) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:  # also numbers and nesting that are too long
-        where = f"{error.msg} at column {error.colno}" if isinstance(error, _NoJson) else str(error)
-        raise PrufedError(
-            f"{path.name} line {number} is not JSON: {where}",
-            "write one JSON object per line; is the file cut off?",
-            USAGE,
-        ) from error
+        reason = str(error)
+        if isinstance(error, json.JSONDecodeError):
+            line = f"line {error.lineno}, " if error.lineno > 1 else ""
+            reason = f"{error.msg} at {line}column {error.colno}"
+        raise PrufedError(f"{where} is not JSON: {reason}", hint, USAGE) from error
 
 
 def _unreadable(path: Path, error: Exception) -> PrufedError:

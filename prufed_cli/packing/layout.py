@@ -68,7 +68,7 @@ class PackedManifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    layout: int
+    layout: int = Field(ge=1)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     size: int = Field(ge=0)
     header: str

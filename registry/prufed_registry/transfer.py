@@ -56,7 +56,10 @@ def export(
         InvalidRequest: the directory holds something.
         Damaged: the artifact's bytes are not what was published.
     """
-    with storage_errors(f"export {artifact.ref}", outside=True), new_directory(directory) as partial:
+    with (
+        storage_errors(f"export {artifact.ref}", outside=True),
+        new_directory(directory) as partial,
+    ):
         copied = [path for path in artifact.manifest.files if path not in leave_out]
         _copy(artifact.path, partial, [*copied, MANIFEST])
         _check_copy(artifact, copied, partial)

@@ -210,7 +210,7 @@ def test_output_that_nobody_reads(process: Start, registry: Registry, arguments:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
 @pytest.mark.parametrize("arguments", [["list"], ["--help"], ["--version"], ["show", "tiny"]])
 def test_output_that_does_not_fit(registry: Registry, arguments: list[str]) -> None:
-    with open("/dev/full", "w") as full:
+    with Path("/dev/full").open("w") as full:
         ended = subprocess.run(
             [sys.executable, "-m", "prufed_cli", *arguments],
             stdout=full, stderr=subprocess.PIPE, text=True,

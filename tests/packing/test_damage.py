@@ -143,6 +143,7 @@ def chunks(value: object) -> Edit:
         (replace("sha256", "0" * 64), "not what was packed"),
         (replace("sha256", "../../x"), "cannot be read"),
         (replace("layout", "1"), "cannot be read"),
+        (replace("layout", 0), "cannot be read"),
         (replace("extra", 1), "cannot be read"),
         (replace("header", "[]"), "not that of a safetensors file"),
         (replace("header", '{"a": 1}'), "not that of a safetensors file"),

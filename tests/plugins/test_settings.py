@@ -106,6 +106,8 @@ def test_what_cannot_be_read_is_refused_with_a_hint(assignments: list[str], mess
         ({"ratio": 0}, "ratio", "must be > 0, <= 1, not 0"),
         ({"mode": "slow"}, "mode", "must be fast | exact, not 'slow'"),
         ({"choice": "never"}, "choice", "must be auto or true | false, not 'never'"),
+        ({"ratio": True}, "ratio", "must be > 0, <= 1, not True"),
+        ({"steps": True}, "steps", "must be >= 1 or null, not True"),
         ({"steps": 0}, "steps", "must be >= 1 or null, not 0"),
         ({"mode": "exact", "ratio": 0.01}, "", "mode exact needs a ratio of at least 0.1"),
     ],
@@ -115,6 +117,10 @@ def test_each_problem_names_its_key_and_what_is_accepted(
 ) -> None:
     [problem] = check_settings(Example, settings)
     assert (problem.key, problem.message) == (key, message)
+
+
+def test_true_stays_true_where_it_is_meant() -> None:
+    assert check_settings(Example, {"choice": True}) == []
 
 
 def test_an_item_of_a_list_is_named_by_its_place() -> None:

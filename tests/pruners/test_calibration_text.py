@@ -110,6 +110,16 @@ def test_rows_give_their_text_or_their_instruction(tokenizer: Any, tmp_path: Pat
     assert rows_of(calibration) == [[50, 1, 2, 50, 3, 4, 50, 5, 6, 7, 50, 8, 9, 50, 5, 6]]
 
 
+def test_a_json_file_may_be_one_list_of_rows(tmp_path: Path) -> None:
+    rows = [{"text": "w1"}, {"instruction": "w2", "input": "", "output": "w3"}]
+    path = tmp_path / "rows.json"
+    for text in (json.dumps(rows), "\n\n " + json.dumps(rows, indent=2)):
+        path.write_text(text)
+        assert list(documents(str(path))) == ["w1", "w2\nw3"]
+    path.write_text("\n" + "\n".join(map(json.dumps, rows)))
+    assert list(documents(str(path))) == ["w1", "w2\nw3"]
+
+
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     for name, text in (("a.txt", "w1"), ("a.jsonl", '{"text": "w1"}')):
         path = tmp_path / name
@@ -158,6 +168,13 @@ def test_cut_never_runs_over_the_end() -> None:
         ("long.jsonl", b'{"text": %s}' % (b"1" * 5000), "long.jsonl line 1 is not JSON"),
         ("half.jsonl", b'{"text": "\\ud800 w1"}\n', "half.jsonl line 1 holds half of a surrogate"),
         ("UPPER.JSONL", b'{"body": "w1"}\n', "UPPER.JSONL line 1 has no text"),
+        (
+            "list.json",
+            b'[{"text": "w1"},\n {"text":',
+            "list.json is not JSON: .* line 2",
+        ),
+        ("list.json", b'[{"text": "w1"}, {"body": "w1"}]', "list.json row 2 has no text"),
+        ("rows.jsonl", b'[{"text": "w1"}]', "rows.jsonl line 1 has no text"),
         ("rows.ndjson", b'{"body": "w1"}\n', "rows.ndjson line 1 has no text"),
     ],
 )
