@@ -158,7 +158,9 @@ def _document(result: PruneResult) -> dict[str, Any]:
 
 def _summary(result: PruneResult) -> str:
     details = result.artifact.manifest.details
-    if details["result"] == "sliced":
+    if details["result"] == "sliced" and not details["sparsity"]:
+        text = f"kept all {details['layers']} layers, since so little drops none"
+    elif details["result"] == "sliced":
         text = f"kept layers {details['kept_layers']}"
     else:
         text = f"sparsity {details['sparsity']:.2%} of the decoder matrices, as counted"

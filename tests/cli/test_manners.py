@@ -219,3 +219,11 @@ def test_completion_in_the_shell(words: str, expected: str) -> None:
     )
     assert expected in completed.stdout.split()
     assert completed.stderr == ""
+
+
+def test_a_prune_that_drops_nothing_says_so(prufed: Call, base_directory: Path) -> None:
+    made = prufed("prune", "--base", base_directory, "--method", "bottom", "--sparsity", "0.1")
+    assert made.code == 0
+    assert "kept all 4 layers, since so little drops none" in made.err
+    made = prufed("prune", "--base", base_directory, "--method", "bottom", "--sparsity", "0.25")
+    assert "kept layers [1, 2, 3]" in made.err
