@@ -135,7 +135,8 @@ def first_inputs(
         tuples: whether its blocks return tuples.
 
     Raises:
-        PrufedError: the blocks are not called once each.
+        PrufedError: the blocks are not called once each, or the model has no positions for so many
+            tokens.
     """
     calls: list[BlockCall] = []
     first: list[Tensor] = []
@@ -147,7 +148,16 @@ def first_inputs(
         return (hidden,) if tuples else hidden
 
     with replaced_forwards(blocks, record):
-        run_stack(model, batch)
+        try:
+            run_stack(model, batch)
+        except (IndexError, RuntimeError) as error:
+            if "out of" not in str(error) or "memory" in str(error):
+                raise
+            raise PrufedError(  # RoBERTa's first positions are for padding
+                f"{type(model).__name__} has no positions for {batch.shape[1]} tokens, whatever "
+                "its configuration says",
+                "use a shorter --length, or leave --perplexity out",
+            ) from error
     if len(calls) != len(blocks):
         raise _unsupported(
             type(model).__name__, f"its {len(blocks)} blocks are called {len(calls)} times"

@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, RobertaConfig, RobertaForCausalLM
 
 from prufed_cli.errors import INTEGRITY, NOT_FOUND, PrufedError
 from prufed_cli.evaluation.perplexity import measure_perplexity, read_text
@@ -585,6 +585,21 @@ def test_a_text_that_no_method_reads_is_told(llama: Any, saved: Save, text: Path
 
     prune(request(saved(llama), text, method="magnitude"), device="cpu", reporter=Told())
     assert told == [f"magnitude does not calibrate; {text} is not read"]
+
+
+def test_a_configuration_that_promises_more_positions_than_there_are(
+    saved: Save, text: Path
+) -> None:
+    """RoBERTa's positions begin behind the one for padding."""
+    config = RobertaConfig(
+        vocab_size=65, hidden_size=16, intermediate_size=32, num_hidden_layers=3,
+        num_attention_heads=2, max_position_embeddings=18, pad_token_id=1, is_decoder=True,
+    )  # fmt: skip
+    base = saved(RobertaForCausalLM(config))
+    with pytest.raises(PrufedError, match="no positions for 18 tokens") as refusal:
+        prune(request(base, text, length=18))
+    assert "--length" in (refusal.value.hint or "")
+    assert prune(request(base, text, length=16)).artifact.manifest.details["sparsity"] == 0.5
 
 
 def test_a_tokenizer_of_another_model(
