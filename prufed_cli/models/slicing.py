@@ -117,9 +117,9 @@ def _renumbered(config: PretrainedConfig, kept: Sequence[int]) -> dict[str, Any]
     Every n-th layer is no longer every n-th, so the rule becomes a list.
     """
     rules: dict[str, Any] = {}
-    dense_first = getattr(config, "first_k_dense_replace", None)
-    if isinstance(dense_first, int):
-        rules["first_k_dense_replace"] = sum(layer < dense_first for layer in kept)
+    for name in ("first_k_dense_replace", "max_window_layers"):
+        if isinstance(first := getattr(config, name, None), int):
+            rules[name] = sum(layer < first for layer in kept)
     if isinstance(step := getattr(config, "decoder_sparse_step", None), int):
         dense = set(config.mlp_only_layers or ())
         rules["mlp_only_layers"] = [

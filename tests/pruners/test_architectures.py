@@ -99,6 +99,15 @@ def test_a_type_stored_per_layer_is_kept_where_a_rule_would_give_another(
         assert [layer.self_attn.sliding_window for layer in loaded.model.layers] == windows
 
 
+def test_where_the_sliding_window_begins_follows(new_model: Callable[..., Any]) -> None:
+    """Other software reads ``max_window_layers`` alone; without the list it says the same."""
+    sliced = slice_layers(new_model("qwen2"), [1, 4, 5])
+    said = sliced.config.to_dict()
+    types = said.pop("layer_types")
+    assert said["max_window_layers"] == 1
+    assert type(sliced.config)(**said).layer_types == types
+
+
 @torch.no_grad()
 def test_layers_that_number_themselves_otherwise(ids: Tensor, tmp_path: Path) -> None:
     config = GPTNeoConfig(
