@@ -26,3 +26,8 @@ def open_registry() -> Registry:
 def runs_directory() -> Path:
     """Return the directory that holds one directory per run."""
     return home() / "runs"
+
+
+def prunes_directory() -> Path:
+    """Return the directory that holds the unfinished work of prunes that were cut off."""
+    return home() / "prunes"

@@ -13,26 +13,33 @@ def command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would go; remove nothing.")
     ] = False,
+    unfinished: Annotated[
+        bool, typer.Option("--unfinished", help="Also the work of prunes that were cut off.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Free the disk space nothing refers to: removed versions, and what crashes left behind."""
-    from prufed_cli.home import open_registry
-    from prufed_cli.output import emit_json, print_line
+    from prufed_cli.home import home, open_registry, prunes_directory
+    from prufed_cli.output import emit_json, print_line, reporter
+    from prufed_cli.pruning.work import sweep
 
-    report = open_registry().gc(dry_run=dry_run)
+    garbage = open_registry().gc(dry_run=dry_run).items
+    items = [{"reason": item.reason, "path": item.path, "bytes": item.size} for item in garbage]
+    waiting = sweep(prunes_directory(), untouched=0, dry_run=dry_run or not unfinished)
+    if unfinished:
+        for work in waiting:
+            path = work.path.relative_to(home()).as_posix()
+            items.append({"reason": "unfinished prune", "path": path, "bytes": work.size})
+    size = sum(int(item["bytes"]) for item in items)
     if as_json:
-        emit_json(
-            {
-                "dry_run": dry_run,
-                "bytes": report.size,
-                "items": [
-                    {"reason": item.reason, "path": item.path, "bytes": item.size}
-                    for item in report.items
-                ],
-            }
-        )
+        emit_json({"dry_run": dry_run, "bytes": size, "items": items})
         return
-    for item in report.items:
-        print_line(f"{item.reason}  {item.path}  {item.size} bytes")
-    verb = "would free" if dry_run else "freed"
-    print_line(f"{verb} {report.size} bytes in {len(report.items)} items")
+    for item in items:
+        print_line(f"{item['reason']}  {item['path']}  {item['bytes']} bytes")
+    print_line(f"{'would free' if dry_run else 'freed'} {size} bytes in {len(items)} items")
+    if waiting and not unfinished:
+        kept = sum(work.size for work in waiting)
+        reporter().note(
+            f"{kept} bytes are kept for prunes that were cut off, should they be asked for again; "
+            "`prufed gc --unfinished` deletes them"
+        )

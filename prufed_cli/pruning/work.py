@@ -3,7 +3,8 @@
 ``<home>/prunes/<fingerprint>/`` belongs to one set of arguments on one base. Of every finished
 block it holds, per sub-model, the weights, the packed masks and the report's rows. The rows are
 written last: a block without them is not finished. A lock beside the directory keeps a second
-process out; what nobody has touched for two weeks is deleted by the next prune.
+process out; what nobody has touched for two weeks is deleted by the next prune, the rest by
+``prufed gc --unfinished``.
 """
 
 from __future__ import annotations
@@ -163,27 +164,50 @@ def _acquire(lock: BaseFileLock, workplace: Path) -> None:
             return
 
 
-def sweep(workplace: Path) -> None:
-    """Delete unfinished work that nobody has touched for two weeks and no process holds."""
+@dataclass(frozen=True)
+class Left:
+    """Unfinished work that no process holds.
+
+    Attributes:
+        path: its directory.
+        size: its bytes.
+    """
+
+    path: Path
+    size: int
+
+
+def sweep(workplace: Path, *, untouched: float = KEPT_SECONDS, dry_run: bool = False) -> list[Left]:
+    """Delete unfinished work that no process holds, and return what that was.
+
+    Args:
+        workplace: where work is kept.
+        untouched: seconds that it must have been left alone.
+        dry_run: only return it.
+    """
     from filelock import FileLock, Timeout
 
-    oldest = time.time() - KEPT_SECONDS
+    newest = time.time() - untouched
     try:
-        paths = list(workplace.glob("*/"))
+        paths = sorted(workplace.glob("*/"))
     except FileNotFoundError:  # another process has removed it as empty
-        return
+        return []
+    swept = []
     for path in paths:
-        if _touched(path) >= oldest:
+        if _touched(path) > newest:
             continue
         lock = FileLock(_lock_of(path), timeout=0)
         try:
             lock.acquire()
         except Timeout:
             continue
-        shutil.rmtree(path, ignore_errors=True)
+        swept.append(Left(path, sum(file.stat().st_size for file in path.glob("*"))))
+        if not dry_run:
+            shutil.rmtree(path, ignore_errors=True)
         _lock_of(path).unlink(missing_ok=True)
         lock.release()
     _remove_empty(workplace)
+    return swept
 
 
 def _touched(path: Path) -> float:

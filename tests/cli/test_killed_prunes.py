@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -219,6 +220,29 @@ def test_old_work_is_swept(
         os.utime(file, (then, then))
     prufed(*fresh, "--force")
     assert not path.exists()
+
+
+def test_gc_deletes_unfinished_work_where_it_is_asked_to(
+    fork: Start, prufed: Call, registry: Registry, prufed_home: Path, slow: tuple[object, ...]
+) -> None:
+    child = fork(*slow)
+    wait_for(child, lambda: finished(prufed_home) >= 1)
+    assert "kept for prunes" not in prufed("gc", "--unfinished").err  # a process holds it
+    kill(child)
+    (path,) = (prufed_home / "prunes").glob("*/")
+    size = sum(file.stat().st_size for file in path.iterdir())
+    first = prufed("gc")
+    assert f"{size} bytes are kept for prunes that were cut off" in first.err
+    assert "prunes/" not in first.out
+    would = prufed("gc", "--unfinished", "--dry-run")
+    assert f"unfinished prune  prunes/{path.name}  {size} bytes" in would.out
+    assert path.is_dir()
+    told = json.loads(prufed("gc", "--unfinished", "--json").out)
+    assert told["items"] == [
+        {"reason": "unfinished prune", "path": f"prunes/{path.name}", "bytes": size}
+    ]
+    assert not (prufed_home / "prunes").exists()
+    assert prufed("gc").err == ""
 
 
 @pytest.mark.parametrize(("limit", "done"), [(20_000, 0), (100_000, 4)], ids=["block", "model"])
