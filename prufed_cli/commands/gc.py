@@ -24,19 +24,22 @@ def command(
     from prufed_cli.pruning.work import sweep
 
     garbage = open_registry().gc(dry_run=dry_run).items
-    items = [{"reason": item.reason, "path": item.path, "bytes": item.size} for item in garbage]
+    items = [(item.reason, item.path, item.size) for item in garbage]
     waiting = sweep(prunes_directory(), untouched=0, dry_run=dry_run or not unfinished)
     if unfinished:
         for work in waiting:
             path = work.path.relative_to(home()).as_posix()
-            items.append({"reason": "unfinished prune", "path": path, "bytes": work.size})
-    size = sum(int(item["bytes"]) for item in items)
+            items.append(("unfinished prune", path, work.size))
+    total = sum(size for _, _, size in items)
     if as_json:
-        emit_json({"dry_run": dry_run, "bytes": size, "items": items})
+        documents = [
+            {"reason": reason, "path": path, "bytes": size} for reason, path, size in items
+        ]
+        emit_json({"dry_run": dry_run, "bytes": total, "items": documents})
         return
-    for item in items:
-        print_line(f"{item['reason']}  {item['path']}  {item['bytes']} bytes")
-    print_line(f"{'would free' if dry_run else 'freed'} {size} bytes in {len(items)} items")
+    for reason, path, size in items:
+        print_line(f"{reason}  {path}  {size} bytes")
+    print_line(f"{'would free' if dry_run else 'freed'} {total} bytes in {len(items)} items")
     if waiting and not unfinished:
         kept = sum(work.size for work in waiting)
         reporter().note(

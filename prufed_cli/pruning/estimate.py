@@ -43,6 +43,8 @@ _MATRIX: Final = 8
 """Passes over a matrix to read, check, apply, pack and write it."""
 _PUBLISHED: Final = 7
 """Passes over a sub-model to put it together, write it and hash it."""
+_LOGITS: Final = 4
+"""Passes over the logits to score tokens by them."""
 _START: Final = 0.05
 """Seconds that a block takes however small it is."""
 
@@ -154,3 +156,8 @@ def block_seconds(work: BlockWork, rates: Rates) -> float:
 def publish_seconds(entries: int, rates: Rates) -> float:
     """Return how long a sub-model of so many entries takes to be put together and published."""
     return entries * _PUBLISHED * rates.entry
+
+
+def head_seconds(vocabulary: int, hidden: int, rates: Rates) -> float:
+    """Return how long the output head takes to score a token."""
+    return vocabulary * (hidden * rates.product + _LOGITS * rates.entry)

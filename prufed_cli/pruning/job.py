@@ -11,6 +11,7 @@ from prufed_cli.pruning.request import PruneRequest
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from prufed_cli.evaluation.perplexity import Perplexity, TextFile
     from prufed_cli.models.calibration import Calibration
@@ -61,6 +62,19 @@ class Made:
     recipe: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class ScoredText:
+    """What the base and its sub-models are scored on.
+
+    Attributes:
+        file: the text.
+        tokens: its ids, (n,).
+    """
+
+    file: TextFile
+    tokens: Tensor
+
+
 Score = Callable[[Path], "Perplexity"]
 """Scores the model in a directory."""
 
@@ -89,7 +103,7 @@ class Job:
     base: Artifact
     dtype: torch.dtype
     calibration: Calibration | None
-    text: TextFile | None
+    text: ScoredText | None
     score: Score | None
     registry: Registry
     options: Options

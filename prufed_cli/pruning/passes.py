@@ -251,7 +251,7 @@ def _scorer(job: Job, work: Work) -> Callable[[Path], dict[str, Any]]:
     if text is None or score is None:
         return lambda directory: {}
     base = Perplexity(**work.answer("perplexity", lambda: asdict(score(job.base.path).checked())))
-    return lambda directory: perplexity_report(text, base, score(directory))
+    return lambda directory: perplexity_report(text.file, base, score(directory))
 
 
 @contextmanager

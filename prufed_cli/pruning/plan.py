@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from prufed_cli.errors import FAILED, PrufedError
-from prufed_cli.evaluation.perplexity import model_window
+from prufed_cli.evaluation.perplexity import model_window, windows
 from prufed_cli.models.skeleton import Skeleton
 from prufed_cli.models.streaming import HEAD_BUDGET, StreamedDecoder
 from prufed_cli.pruning.estimate import (
     BlockWork,
     block_seconds,
+    head_seconds,
     measure_rates,
     publish_seconds,
     seconds_of,
@@ -105,7 +106,7 @@ class Plan:
 
 
 def make_plan(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, begin: int = 0) -> Plan:
-    """Estimate a pass by running one calibration batch through the first block.
+    """Estimate a pass by running one batch of the text through the first block, if there is any.
 
     Args:
         job: the pass.
@@ -123,13 +124,17 @@ def make_plan(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, begin: int
     batches = job.calibration.batches if job.calibration else []
     hidden = skeleton.model.config.get_text_config().hidden_size
     groups: list[list[str]] = []
-    forward = 0.0
     batch = largest * 4 * (_COPIES + len(job.made) - 1)
+    token = 0.0
     if batches:
-        groups, forward = look_at_block(decoder, batches[0])
+        groups, token = look_at_block(decoder, batches[0])
         batch = max(batch, batches[0].numel() * _token_bytes(skeleton, decoder, width))
     if job.text is not None:
         batch = max(batch, scoring_bytes(skeleton, decoder, width))
+        if not batches:
+            rows = scored_at_once(skeleton, decoder, width)
+            first = next(windows(job.text.tokens, model_window(skeleton.model), rows))
+            _, token = look_at_block(decoder, first[:, :-1])
     columns = [shapes[0][group[0]][1] for group in groups]
     one = statistic_bytes(job)
     statistics = sum(one(count) for count in columns)
@@ -157,7 +162,7 @@ def make_plan(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, begin: int
         in_file=activations + (0 if separate else least) > host,
         separate=separate,
         limit=limit,
-        seconds=_seconds(job, skeleton, decoder, groups, forward, begin),
+        seconds=_seconds(job, skeleton, decoder, groups, token, begin),
     )
 
 
@@ -242,7 +247,7 @@ def look_at_block(decoder: StreamedDecoder, batch: Tensor) -> tuple[list[list[st
     """Return what one batch of token ids (B, T) shows of block 0.
 
     Returns:
-        Which of its matrices receive the same input, and the seconds that a batch takes through it.
+        Which of its matrices receive the same input, and the seconds that a token takes through it.
     """
     import torch
 
@@ -270,7 +275,8 @@ def look_at_block(decoder: StreamedDecoder, batch: Tensor) -> tuple[list[list[st
     for name in linears:
         groups.setdefault(id(inputs[name]) if name in inputs else name, []).append(name)
     inputs.clear()
-    return list(groups.values()), seconds_of(lambda: forward(all_of_it), decoder.device)
+    seconds = seconds_of(lambda: forward(all_of_it), decoder.device)
+    return list(groups.values()), seconds / batch.numel()
 
 
 def _seconds(
@@ -278,28 +284,31 @@ def _seconds(
     skeleton: Skeleton,
     decoder: StreamedDecoder,
     groups: Sequence[Sequence[str]],
-    batch: float,
+    token: float,
     begin: int,
 ) -> float:
     """Return about how long the pass takes from block ``begin`` on, and to publish what it made.
-
-    Scores by ``--perplexity`` are not in it.
 
     Args:
         job: the pass.
         skeleton: its model.
         decoder: the same.
         groups: matrices of a block that receive the same input.
-        batch: seconds that the first batch takes through a block.
+        token: seconds that a token of the text takes through a block.
         begin: how many blocks are finished already.
     """
     rates = measure_rates(job.options.device)
     blocks = len(decoder.blocks)
     batches = job.calibration.batches if job.calibration else []
     tokens = sum(each.numel() for each in batches)
-    forward = batch * tokens / batches[0].numel() if batches else 0.0
+    forward = token * tokens
     stored = sum(math.prod(one.shape) for one in skeleton.stored.values())
     seconds = len(job.made) * publish_seconds(stored, rates)
+    if job.text is not None:
+        models = len(job.made) + (begin == 0)  # the base is scored before its first block is done
+        config = skeleton.model.config.get_text_config()
+        through = blocks * token + head_seconds(config.vocab_size, config.hidden_size, rates)
+        seconds += models * len(job.text.tokens) * through
     if job.pruner.result == "sliced":
         return seconds + blocks * forward
     first = decoder.shapes(0)

@@ -12,15 +12,13 @@ from prufed_cli.evaluation.perplexity import (
     TextFile,
     check_token_ids,
     model_window,
-    tokenize,
     windows,
 )
 from prufed_cli.models.activations import Activations
-from prufed_cli.models.base import load_tokenizer
 from prufed_cli.models.skeleton import open_skeleton
 from prufed_cli.models.streaming import StreamedDecoder
 from prufed_cli.progress import SILENT, Reporter
-from prufed_cli.pruning.job import Options
+from prufed_cli.pruning.job import Options, ScoredText
 from prufed_cli.pruning.memory import available_memory
 from prufed_cli.pruning.plan import scored_at_once, scoring_bytes
 
@@ -34,7 +32,7 @@ if TYPE_CHECKING:
 def streamed_perplexity(
     directory: Path,
     base: Artifact,
-    text: TextFile,
+    text: ScoredText,
     dtype: torch.dtype,
     options: Options,
     spill: Path,
@@ -47,7 +45,7 @@ def streamed_perplexity(
 
     Args:
         directory: the model, the base itself or what was made of it.
-        base: whose tokenizer it has.
+        base: what is pruned, to be named in errors.
         text: what to score.
         dtype: what the model is stored in.
         options: device, dtype to compute in and memory.
@@ -55,14 +53,14 @@ def streamed_perplexity(
         reporter: told how far it is.
 
     Raises:
-        PrufedError: fewer than two tokens, or a token the model has no embedding for.
+        PrufedError: the model has no embedding for a token, or no positions for a window.
     """
     import torch
 
     trust = options.trust_remote_code
     skeleton = open_skeleton(directory, base.ref, options.compute, trust_remote_code=trust)
     model = skeleton.model
-    tokens = tokenize(load_tokenizer(base, trust_remote_code=trust), text)
+    tokens = text.tokens
     check_token_ids(model, int(tokens.max()))
     length, width = model_window(model), options.compute.itemsize
     decoder = StreamedDecoder(skeleton, dtype, options.device, Activations())
@@ -71,7 +69,7 @@ def streamed_perplexity(
     budget = available_memory() if options.max_memory is None else options.max_memory
     if held + scoring_bytes(skeleton, decoder, width) > budget:
         decoder.hold_in(spill)
-    with reporter.task(f"perplexity on {text.path.name}", total=len(decoder.blocks)) as task:
+    with reporter.task(f"perplexity on {text.file.path.name}", total=len(decoder.blocks)) as task:
         inputs = [batch[:, :-1] for batch in batches]
         states = decoder.embed(inputs)
         with torch.no_grad():
@@ -82,7 +80,7 @@ def streamed_perplexity(
                 task.advance()
         outputs = [hidden for hidden, _ in states]
         nats = _negative_log_likelihood(decoder, inputs, outputs, [b[:, 1:] for b in batches])
-    return Perplexity.of_likelihood(nats, len(tokens) - 1, text, length)
+    return Perplexity.of_likelihood(nats, len(tokens) - 1, text.file, length)
 
 
 def perplexity_report(text: TextFile, base: Perplexity, pruned: Perplexity) -> dict[str, Any]:

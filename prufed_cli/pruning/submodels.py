@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from prufed_cli.errors import USAGE, PrufedError
 from prufed_cli.progress import SILENT, Reporter
-from prufed_cli.pruning.job import LARGEST_FILE, Job, Made, Options, Score
+from prufed_cli.pruning.job import LARGEST_FILE, Job, Made, Options, Score, ScoredText
 from prufed_cli.pruning.recipe import full_recipe, method_recipe
 from prufed_cli.pruning.request import (
     PruneRequest,
@@ -175,9 +175,20 @@ def _job(requests: Sequence[PruneRequest], options: PruneOptions) -> Job:
         largest_file=options.get("largest_file", LARGEST_FILE),
         force=options.get("force", False),
     )
-    job = Job(made, nested, pruner, base, stored, calibration, text, None, registry, how, reporter)
+    scored = None if text is None else _tokenized(text, base, how)
+    job = Job(
+        made, nested, pruner, base, stored, calibration, scored, None, registry, how, reporter
+    )
     sweep(job.workplace)
-    return job if text is None else replace(job, score=_score(job, text))
+    return job if scored is None else replace(job, score=_score(job, scored))
+
+
+def _tokenized(text: TextFile, base: Artifact, options: Options) -> ScoredText:
+    from prufed_cli.evaluation.perplexity import tokenize
+    from prufed_cli.models.base import load_tokenizer
+
+    tokenizer = load_tokenizer(base, trust_remote_code=options.trust_remote_code)
+    return ScoredText(text, tokenize(tokenizer, text))
 
 
 def _checked(
@@ -213,7 +224,7 @@ def _spelled(target: PruneTarget) -> str | None:
     return None if target.pattern is None else "{}:{}".format(*target.pattern)
 
 
-def _score(job: Job, text: TextFile) -> Score:
+def _score(job: Job, text: ScoredText) -> Score:
     """Return what scores models on a text, the base only once."""
     from prufed_cli.pruning.scores import streamed_perplexity
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, RobertaConfig, RobertaForCausalLM
 
 from prufed_cli.errors import INTEGRITY, NOT_FOUND, PrufedError
-from prufed_cli.evaluation.perplexity import measure_perplexity, read_text
+from prufed_cli.evaluation.perplexity import measure_perplexity, read_text, tokenize
 from prufed_cli.models.activations import Activations
 from prufed_cli.models.base import (
     MASKS_FILE,
@@ -43,7 +43,7 @@ from prufed_cli.pruning import (
     prune,
     prune_several,
 )
-from prufed_cli.pruning.job import Options
+from prufed_cli.pruning.job import Options, ScoredText
 from prufed_cli.pruning.plan import look_at_block
 from prufed_cli.pruning.scores import streamed_perplexity
 from prufed_plugins.api import PruneTarget
@@ -302,10 +302,10 @@ def test_streamed_perplexity_is_the_perplexity(
     architecture: str,
 ) -> None:
     base = find_base(str(saved(new_model(architecture))), registry)
-    scored = read_text(text)
-    options = Options(CPU, torch.float32)
+    file, tokenizer, options = read_text(text), load_tokenizer(base), Options(CPU, torch.float32)
+    scored = ScoredText(file, tokenize(tokenizer, file))
     found = streamed_perplexity(base.path, base, scored, torch.float32, options, tmp_path)
-    expected = measure_perplexity(load_model(base, device="cpu"), load_tokenizer(base), scored)
+    expected = measure_perplexity(load_model(base, device="cpu"), tokenizer, file)
     assert found.value == pytest.approx(expected.value, rel=1e-6)
     assert (found.tokens, found.bytes, found.window) == (
         expected.tokens,
@@ -560,6 +560,7 @@ def test_the_plan_counts_all_passes_and_what_is_scored(llama: Any, saved: Save, 
         plan_prune([replace(plain, perplexity=file)], device="cpu") for file in (None, str(text))
     )
     assert scored.batch > unscored.batch
+    assert scored.seconds > unscored.seconds
     with pytest.raises(PrufedError, match="more than the 0 bytes there may be"):
         plan_prune([wanted], device="cpu", max_memory=0)
 
