@@ -37,19 +37,25 @@ class Magnitude(ElementPruner["InputNorms"]):
     All matrices together: a survey of the dense model finds how many of the smallest lie in each.
     """
 
-    def __init__(self, params: MagnitudeParams) -> None:
-        def choose_matrix(
-            weight: Tensor,
-            observed: Observed[InputNorms] | None,
-            target: PruneTarget,
-            forced: Tensor | None,
-        ) -> Choice:
-            # what a smaller sparsity removes, a larger one does too: nothing has to be forced
-            return Choice(choose(weight, target, params.group, params.threshold))
+    looks_at_inputs = False
 
-        super().__init__(params, choose_matrix, None)
-        self._overall = params.group == "global"
-        self._varies |= self._overall
+    def __init__(self, params: MagnitudeParams) -> None:
+        super().__init__(params)
+        self._group = params.group
+        self._varies |= params.group == "global"
+
+    def choose(
+        self,
+        weight: Tensor,
+        observed: Observed[InputNorms] | None,
+        target: PruneTarget,
+        forced: Tensor | None,
+    ) -> Choice:
+        """Return what goes of one matrix; see :func:`choose`.
+
+        What a smaller sparsity removes, a larger one does too: nothing has to be forced.
+        """
+        return Choice(choose(weight, target, self._group, self._params.threshold))
 
     def _vary(
         self,
@@ -59,7 +65,7 @@ class Magnitude(ElementPruner["InputNorms"]):
         targets: Sequence[PruneTarget],
         progress: Progress,
     ) -> Sequence[PruneTarget]:
-        if not self._overall:
+        if self._group != "global":
             return super()._vary(decoder, calibration, names, targets, progress)
         sizes = {
             name: rows * columns

@@ -12,7 +12,7 @@ statistic per matrix, and each target's mask inside the one before.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Generic, Literal
@@ -33,35 +33,51 @@ if TYPE_CHECKING:
     from prufed_plugins.api import Decoder, Progress, PrunedMatrix, PruneTarget
     from prufed_plugins.params import ElementParams
 
-Choose = Callable[["Tensor", Observed[S] | None, "PruneTarget", "Tensor | None"], Choice]
-"""Decides on one matrix: (float32 weight (rows, columns), what calibration showed or None, target,
-bool (rows, columns) of what must go or None)."""
-
 
 class ElementPruner(Generic[S]):
     """Prunes the entries of single matrices.
 
+    A method says how it chooses them, and, where it looks at inputs, in what statistic.
+
     Attributes:
         result: ``masked``.
-        needs_calibration: whether the statistic, or the layer ratios, need it.
+        looks_at_inputs: whether :meth:`choose` needs what calibration showed.
+        looks_at_outputs: whether it needs the energy of the outputs, too, where that costs nothing.
+        needs_calibration: whether it, or the layer ratios, need calibration text.
     """
 
     result: Literal["masked"] = "masked"
+    looks_at_inputs = True
+    looks_at_outputs = False
 
-    def __init__(
-        self,
-        params: ElementParams,
-        choose: Choose[S],
-        new_statistic: Callable[[int, torch.device], S] | None,
-        *,
-        energies: bool = False,
-    ) -> None:
+    def __init__(self, params: ElementParams) -> None:
         self._params = params
-        self._choose = choose
-        self._new_statistic = new_statistic
-        self._energies = energies
         self._varies = params.layer_ratio == "owl"
-        self.needs_calibration = new_statistic is not None or self._varies
+        self.needs_calibration = self.looks_at_inputs or self._varies
+
+    def choose(
+        self,
+        weight: Tensor,
+        observed: Observed[S] | None,
+        target: PruneTarget,
+        forced: Tensor | None,
+    ) -> Choice:
+        """Return what goes of one matrix, and what becomes of the rest.
+
+        Args:
+            weight: float32 (rows, columns).
+            observed: what calibration showed of it; None where nothing is looked at.
+            target: sparsity or pattern.
+            forced: bool (rows, columns), entries that must go; None where there are none.
+
+        Raises:
+            MethodError: the target cannot be met.
+        """
+        raise NotImplementedError
+
+    def new_statistic(self, columns: int, device: torch.device) -> S:
+        """Return an empty statistic of inputs with so many columns."""
+        raise NotImplementedError
 
     def prune(
         self,
@@ -150,7 +166,7 @@ class ElementPruner(Generic[S]):
         targets = self._surveyed(decoder, calibration, names, targets, progress)
         total = len(decoder.blocks)
         last = max(index for index in range(total) if names & decoder.shapes(index).keys())
-        calibrated = self._new_statistic is not None and decoder.start <= last
+        calibrated = self.looks_at_inputs and decoder.start <= last
         states = embed(decoder, calibration) if calibrated else None
         for index in range(decoder.start, total):
             more = index < last  # what comes after it is neither pruned nor run
@@ -178,15 +194,15 @@ class ElementPruner(Generic[S]):
         *,
         advancing: bool,
     ) -> dict[str, Observed[S]] | None:
-        if states is None or self._new_statistic is None:
+        if states is None:
             return None
         return observe(
             decoder,
             index,
             names,
-            self._new_statistic,
+            self.new_statistic,
             states,
-            energies=self._energies,
+            energies=self.looks_at_outputs,
             advancing=advancing,
         )
 
@@ -208,7 +224,7 @@ class ElementPruner(Generic[S]):
             started = time.perf_counter()
             try:
                 with torch.no_grad():
-                    choice = self._choose(matrix, found, _target_of(name, target), forced)
+                    choice = self.choose(matrix, found, _target_of(name, target), forced)
             except MethodError as error:
                 raise MethodError(f"{name}: {error.message}", error.hint) from error
             if len(results) + 1 == len(targets):

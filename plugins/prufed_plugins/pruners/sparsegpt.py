@@ -57,34 +57,33 @@ class SparseGPT(ElementPruner[InputHessian]):
     the one before lost are chosen first.
     """
 
-    def __init__(self, params: SparseGPTParams) -> None:
-        def choose_matrix(
-            weight: Tensor,
-            observed: Observed[InputHessian] | None,
-            target: PruneTarget,
-            forced: Tensor | None,
-        ) -> Choice:
-            assert observed is not None
-            factor = observed.statistic.factor
-            choice = choose(
-                weight,
-                factor,
-                target,
-                params.block_size,
-                threshold=params.threshold,
-                forced=forced,
-            )
-            if not choice.squared_error:
-                return choice
-            energy = observed.energy if observed.energy is not None else factor.energy(weight)
-            return replace(choice, energy=energy)
+    looks_at_outputs = True
 
-        super().__init__(
-            params,
-            choose_matrix,
-            lambda columns, device: InputHessian(columns, device, params.damping),
-            energies=True,
+    def __init__(self, params: SparseGPTParams) -> None:
+        super().__init__(params)
+        self._block_size, self._damping = params.block_size, params.damping
+
+    def choose(
+        self,
+        weight: Tensor,
+        observed: Observed[InputHessian] | None,
+        target: PruneTarget,
+        forced: Tensor | None,
+    ) -> Choice:
+        """Return what goes of one matrix, and what becomes of the rest; see :func:`choose`."""
+        assert observed is not None
+        factor, energy = observed.statistic.factor, observed.energy
+        threshold = self._params.threshold
+        choice = choose(
+            weight, factor, target, self._block_size, threshold=threshold, forced=forced
         )
+        if not choice.squared_error:
+            return choice
+        return replace(choice, energy=factor.energy(weight) if energy is None else energy)
+
+    def new_statistic(self, columns: int, device: torch.device) -> InputHessian:
+        """Return the Hessian of no inputs yet."""
+        return InputHessian(columns, device, self._damping)
 
     def statistic_bytes(self, columns: int) -> int:
         """Return the size of a Hessian; it is factored in place."""

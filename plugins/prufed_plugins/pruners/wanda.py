@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from prufed_plugins.api import PruneTarget
-    from prufed_plugins.params import Threshold, WandaParams
+    from prufed_plugins.params import Threshold
     from prufed_plugins.pruners.collecting import Observed
 
 SAMPLED: Final = 128
@@ -34,20 +34,23 @@ class Wanda(ElementPruner[InputNorms]):
     ``threshold: reference``; it sorts stably, hence there is no other difference.
     """
 
-    def __init__(self, params: WandaParams) -> None:
-        def choose_matrix(
-            weight: Tensor,
-            observed: Observed[InputNorms] | None,
-            target: PruneTarget,
-            forced: Tensor | None,
-        ) -> Choice:
-            # what a smaller sparsity removes, a larger one does too: nothing has to be forced
-            assert observed is not None
-            return choose(weight, observed.statistic, target, params.threshold)
+    def choose(
+        self,
+        weight: Tensor,
+        observed: Observed[InputNorms] | None,
+        target: PruneTarget,
+        forced: Tensor | None,
+    ) -> Choice:
+        """Return what goes of one matrix; see :func:`choose`.
 
-        super().__init__(
-            params, choose_matrix, lambda columns, device: InputNorms(columns, device, SAMPLED)
-        )
+        What a smaller sparsity removes, a larger one does too: nothing has to be forced.
+        """
+        assert observed is not None
+        return choose(weight, observed.statistic, target, self._params.threshold)
+
+    def new_statistic(self, columns: int, device: torch.device) -> InputNorms:
+        """Return the norms of no inputs yet."""
+        return InputNorms(columns, device, SAMPLED)
 
     def statistic_bytes(self, columns: int) -> int:
         """Return the size of the norms and of the sampled inputs."""
