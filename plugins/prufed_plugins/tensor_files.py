@@ -25,19 +25,22 @@ from torch import Tensor
 from prufed_plugins.errors import MethodError
 from prufed_plugins.memory import scratch
 
-_DTYPES: Final[Mapping[str, torch.dtype]] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
+DTYPES: Final[Mapping[str, torch.dtype]] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
-    "I64": torch.int64,
     "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
 }
-_LENGTH_BYTES: Final = 8  # the header's length, little endian, comes first
+"""The dtypes that are read, in the order in which safetensors ranks them."""
+
+LENGTH_BYTES: Final = 8
+"""Of the length of the header, little endian, which a safetensors file begins with."""
 
 
 class _Entry(NamedTuple):
@@ -116,13 +119,12 @@ class TensorFile(Mapping[str, Tensor]):
         self._path = path
         self._name = str(path)  # of a path it would be made anew at every read
         try:
-            with safe_open(path, framework="pt"):  # checks lengths, offsets and dtypes
-                pass
-            self._start, self._entries = _read_header(path)
+            self._start, header = read_header(path)
         except (OSError, SafetensorError, ValueError) as error:
             raise MethodError(
                 f"cannot read tensors from {path}: {error}", "make the adapter again"
             ) from error
+        self._entries = {sys.intern(name): _entry(stated) for name, stated in header.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         """Read one tensor.
@@ -143,11 +145,11 @@ class TensorFile(Mapping[str, Tensor]):
                 unreadable.
         """
         stated, shape, begin = self._entries[name]
-        if stated not in _DTYPES:
+        if stated not in DTYPES:
             raise MethodError(
                 f"{name} in {self._path} has dtype {stated}", "save it as F32, F16 or BF16"
             )
-        dtype = _DTYPES[stated]
+        dtype = DTYPES[stated]
         width, begin = dtype.itemsize, self._start + begin
 
         def read(start: int, stop: int, buffer: Buffer | None) -> Tensor:
@@ -175,20 +177,27 @@ class TensorFile(Mapping[str, Tensor]):
         return len(self._entries)
 
 
-def _read_header(path: Path) -> tuple[int, dict[str, _Entry]]:
-    """Return (offset of the first tensor's bytes, entries by name)."""
+def read_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Return where the tensors' bytes begin in a safetensors file, and what it says of each tensor.
+
+    Raises:
+        OSError: the file cannot be read.
+        SafetensorError: it is cut off, or no safetensors file.
+        ValueError: it changes while it is read.
+    """
+    with safe_open(path, framework="np"):  # checks lengths, offsets and dtypes
+        pass
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        length = int.from_bytes(file.read(LENGTH_BYTES), "little")
         header: dict[str, Any] = json.loads(file.read(length))
     header.pop("__metadata__", None)
-    # in tuples, and what is equal once, since a round keeps the header of every client
-    entries = {
-        sys.intern(name): _Entry(
-            sys.intern(entry["dtype"]), _once(tuple(entry["shape"])), entry["data_offsets"][0]
-        )
-        for name, entry in header.items()
-    }
-    return _LENGTH_BYTES + length, entries
+    return LENGTH_BYTES + length, header
+
+
+def _entry(stated: dict[str, Any]) -> _Entry:
+    """Keep what is equal once, in tuples, since a round keeps the header of every client."""
+    shape = _once(tuple(stated["shape"]))
+    return _Entry(sys.intern(stated["dtype"]), shape, stated["data_offsets"][0])
 
 
 @lru_cache(maxsize=1024)

@@ -33,10 +33,10 @@ def find_tensors(directory: Path, ref: str) -> dict[str, StoredTensor]:
         PrufedError: there are no weights, the index is damaged, or a shard or tensor it names is
             missing.
     """
-    from prufed_cli.models.stored import read_header
+    from prufed_cli.models.stored import stored_tensors
 
     if (directory / WEIGHTS).is_file():
-        return read_header(directory / WEIGHTS)
+        return stored_tensors(directory / WEIGHTS)
     if not (directory / INDEX).is_file():
         raise PrufedError(
             f"{ref} has no {WEIGHTS}", f"`prufed verify {ref}` checks its files", INTEGRITY
@@ -46,7 +46,7 @@ def find_tensors(directory: Path, ref: str) -> dict[str, StoredTensor]:
     for file in sorted(set(placed.values())):
         if not (directory / file).is_file():
             raise _damaged(ref, f"its index names {file}, which is missing")
-        tensors |= read_header(directory / file)
+        tensors |= stored_tensors(directory / file)
     for name, file in sorted(placed.items()):
         if name not in tensors:
             raise _damaged(ref, f"its index says that {file} has {name}, but it has not")

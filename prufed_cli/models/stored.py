@@ -21,28 +21,15 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, Self
 from uuid import uuid4
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from prufed_cli.errors import INTEGRITY, PrufedError
+from prufed_plugins.tensor_files import DTYPES, LENGTH_BYTES, read_header
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from torch import Tensor
-
-DTYPES: Final[Mapping[str, torch.dtype]] = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "I64": torch.int64,
-}
-"""The dtypes a model may be stored in, in the order in which safetensors ranks them."""
 
 PIECE: Final = 2**17
 """Entries that are read or written at once: what is cast stays in the cache, and takes no memory
@@ -50,7 +37,6 @@ that would have to be fetched from the system."""
 
 _RANKS: Final = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
 _CODES: Final = {dtype: code for code, dtype in DTYPES.items()}
-_LENGTH_BYTES: Final = 8  # the header's length, little endian, comes first
 
 _CANNOT: Final = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM})
 """What a system answers that cannot copy between these two files by itself, or is not let."""
@@ -173,29 +159,23 @@ class StoredTensor:
             left = left[count:]
 
 
-def read_header(path: Path) -> dict[str, StoredTensor]:
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a safetensors file by name, without reading them.
 
     Raises:
         PrufedError: the file is missing, cut off, or no safetensors file.
     """
     try:
-        with safe_open(path, framework="np"):  # checks lengths, offsets and dtypes
-            pass
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-            header: dict[str, Any] = json.loads(file.read(length))
+        start, header = read_header(path)
     except (OSError, SafetensorError, ValueError) as error:
         raise PrufedError(
             f"{path} is not a whole safetensors file: {error}", "fetch it again", INTEGRITY
         ) from error
-    header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        start = _LENGTH_BYTES + length + begin
         shape = tuple(entry["shape"])
-        tensors[name] = StoredTensor(path, name, entry["dtype"], shape, start, end - begin)
+        tensors[name] = StoredTensor(path, name, entry["dtype"], shape, start + begin, end - begin)
     return tensors
 
 
@@ -356,8 +336,8 @@ def _layout(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple[byt
             "data_offsets": [offsets[name], position],
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % _LENGTH_BYTES)
-    return len(text).to_bytes(_LENGTH_BYTES, "little") + text, offsets
+    text += b" " * (-len(text) % LENGTH_BYTES)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text, offsets
 
 
 def _bytes(tensor: Tensor) -> memoryview:

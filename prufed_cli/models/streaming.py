@@ -18,7 +18,7 @@ from prufed_cli.models.decoder import (
     stack_of,
 )
 from prufed_cli.models.skeleton import Skeleton, place
-from prufed_cli.models.stored import StoredTensor, read_header
+from prufed_cli.models.stored import StoredTensor, stored_tensors
 from prufed_plugins.products import WideLinears
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class StreamedDecoder:
 
     def finish(self, index: int, path: Path) -> None:
         """Take the weights of a block from another file from now on, by their parameters' names."""
-        self._finished[index] = read_header(path)
+        self._finished[index] = stored_tensors(path)
 
     def hold_in(self, directory: Path | None) -> None:
         """Hold activations in files of a directory from now on; None: in memory."""

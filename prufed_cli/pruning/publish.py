@@ -15,7 +15,13 @@ from prufed_cli.errors import USAGE, PrufedError
 from prufed_cli.model_card import licence, render_card
 from prufed_cli.models.base import MASKS_FILE, stated_dtype
 from prufed_cli.models.skeleton import Skeleton
-from prufed_cli.models.stored import Spec, StoredTensor, TensorWriter, read_header, write_checkpoint
+from prufed_cli.models.stored import (
+    Spec,
+    StoredTensor,
+    TensorWriter,
+    stored_tensors,
+    write_checkpoint,
+)
 from prufed_cli.pruning.job import REPORT_FILE, Job, Made
 from prufed_cli.pruning.request import PruneRequest, percent
 from prufed_plugins.entries import count
@@ -78,12 +84,12 @@ def masked_outcome(job: Job, skeleton: Skeleton, work: Work, made: int) -> Outco
         shapes |= facts["shapes"]
         kept += sum(facts["kept"].values())
         if block.weights.is_file():
-            pruned = read_header(block.weights)
+            pruned = stored_tensors(block.weights)
             tensors |= {skeleton.saved_name(name): stored for name, stored in pruned.items()}
-            masks |= read_header(block.masks)
+            masks |= stored_tensors(block.masks)
     if (job.base.path / MASKS_FILE).is_file():  # of what the pruner never spoke of
         before = MaskFile(job.base.path / MASKS_FILE)
-        packed = read_header(job.base.path / MASKS_FILE)
+        packed = stored_tensors(job.base.path / MASKS_FILE)
         for name in before.shapes.keys() - shapes.keys():
             masks[name], shapes[name] = packed[name], before.shapes[name]
             kept += count(before[name])
@@ -125,7 +131,7 @@ def sliced_outcome(job: Job, skeleton: Skeleton, result: KeptLayers) -> Outcome:
     masks: dict[str, StoredTensor] = {}
     shapes: dict[str, Sequence[int]] = {}
     if (job.base.path / MASKS_FILE).is_file():
-        packed = read_header(job.base.path / MASKS_FILE)
+        packed = stored_tensors(job.base.path / MASKS_FILE)
         for name, shape in MaskFile(job.base.path / MASKS_FILE).shapes.items():
             local = to_local(name, result.layers)
             if local is not None:

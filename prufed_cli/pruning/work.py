@@ -49,15 +49,15 @@ class WorkBlock:
 
     def is_whole(self) -> bool:
         """Return whether the block is finished, and everything of it can be read."""
-        from prufed_cli.models.stored import read_header
+        from prufed_cli.models.stored import stored_tensors
 
         if not self.facts.is_file():
             return False
         try:
             facts = self.read_facts()
             if facts["shapes"]:
-                read_header(self.weights)
-                read_header(self.masks)
+                stored_tensors(self.weights)
+                stored_tensors(self.masks)
         except (OSError, ValueError, KeyError, PrufedError):
             return False
         return True

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prufed_cli.errors import PrufedError
-from prufed_cli.models.stored import Spec, TensorWriter, read_header
+from prufed_cli.models.stored import Spec, TensorWriter, stored_tensors
 
 TENSORS = {
     "a": torch.arange(35.0).reshape(5, 7),
@@ -23,7 +23,7 @@ TENSORS = {
 
 
 def copied(source: Path, target: Path, dtype: torch.dtype | None = None) -> dict[str, Any]:
-    stored = read_header(source)
+    stored = stored_tensors(source)
     specs = {
         name: Spec(dtype if dtype and one.dtype.is_floating_point else one.dtype, one.shape)
         for name, one in stored.items()
@@ -62,7 +62,7 @@ def test_a_copy_is_the_same_whoever_copies(
 def test_a_source_that_has_become_shorter_is_refused(tmp_path: Path) -> None:
     source, target = tmp_path / "source.safetensors", tmp_path / "target.safetensors"
     save_file(TENSORS, source)
-    stored = read_header(source)
+    stored = stored_tensors(source)
     os.truncate(source, source.stat().st_size - 8)
     last = max(stored.values(), key=lambda one: (one.size > 0, one.offset)).name
     with (
