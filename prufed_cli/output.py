@@ -88,15 +88,6 @@ def table(
         console.print(drawn)
 
 
-def size_text(size: int) -> str:
-    """Return a number of bytes as people write it: 1.0 MB, 13.5 GB."""
-    number, units = float(size), ["B", "kB", "MB", "GB", "TB"]
-    while number >= 1000 and len(units) > 1:
-        number /= 1000
-        units.pop(0)
-    return f"{number:.0f} B" if units[0] == "B" else f"{number:.1f} {units[0]}"
-
-
 def print_error(message: str, hint: str | None = None) -> None:
     """Print an error and what to do about it on stderr."""
     from rich.text import Text

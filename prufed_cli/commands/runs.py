@@ -105,15 +105,16 @@ def resume_command(run_id: RunId, quiet: Quiet = False) -> None:
 
 
 def _rows(event: Event, merged: Mapping[int, Event]) -> list[list[object]]:
+    from rich.filesize import decimal
+
     from prufed_cli.federation.measured import of_client
-    from prufed_cli.output import size_text
 
     number = event.get("round", 0) + 1
     if event["event"] == "client":
         loss = f"{event['loss_first']:.3f} to {event['loss_last']:.3f}"
         rank, sent = event.get("rank", ""), event.get("payload_bytes")
         cells = [number, event["client"], event["ref"], rank, loss, event["tokens"]]
-        cells += [event["seconds"], "" if sent is None else size_text(sent)]
+        cells += [event["seconds"], "" if sent is None else decimal(sent)]
         found = of_client(merged.get(event["round"], {}), event["client"])
         change = f"{found['norm']:.3g}" if found else ""
         if "clipped" in found:

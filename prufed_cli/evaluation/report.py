@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from itertools import takewhile
 from typing import Any, Final
 
+from rich.filesize import decimal
+
 from prufed_cli.evaluation.compare import Comparison, EvaluationReport, Row
 from prufed_cli.evaluation.scores import Metric, TaskScore
-from prufed_cli.output import size_text
 
 NOTHING: Final = "-"
 
@@ -46,7 +47,7 @@ def table_of(report: EvaluationReport) -> Table:
     if any(row.scores.perplexity for row in rows):
         columns += _perplexity_columns(rows)
     columns.append(("sparsity", [f"{row.scores.footprint.sparsity:.1%}" for row in rows]))
-    columns.append(("size", [size_text(row.bytes) for row in rows]))
+    columns.append(("size", [decimal(row.bytes) for row in rows]))
     speeds = [row.scores.tokens_per_second for row in rows]
     if any(speeds):
         columns.append(("tokens/s", [f"{speed:,.0f}" if speed else NOTHING for speed in speeds]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from prufed_cli.output import size_text
+from rich.filesize import decimal
 
 if TYPE_CHECKING:
     from prufed_cli.federation.journal import Event
@@ -60,7 +60,7 @@ def essentials(event: Event) -> str:
         each = (f"{key.removeprefix(_TRUST)} {value:.2f}" for key, value in trust.items())
         said.append(f"trust in {', '.join(each)}")
     if "payload_bytes" in event:
-        said.append(f"{size_text(event['payload_bytes'])} from clients")
+        said.append(f"{decimal(event['payload_bytes'])} from clients")
     return ", ".join(said)
 
 

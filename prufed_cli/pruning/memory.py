@@ -32,15 +32,6 @@ def parse_size(text: str) -> int:
     return size
 
 
-def show_size(size: float) -> str:
-    """Return bytes as a person reads them: ``1.5 GB``."""
-    for unit in ("bytes", "KB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
-
-
 def available_memory() -> int:
     """Return the bytes that may be used: what is free, here or in this container, less a tenth."""
     import psutil

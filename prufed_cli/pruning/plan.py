@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from rich.filesize import decimal
+
 from prufed_cli.errors import FAILED, PrufedError
 from prufed_cli.evaluation.perplexity import model_window, windows
 from prufed_cli.models.skeleton import Skeleton
@@ -20,7 +22,7 @@ from prufed_cli.pruning.estimate import (
     seconds_of,
 )
 from prufed_cli.pruning.job import Job
-from prufed_cli.pruning.memory import available_memory, show_size
+from prufed_cli.pruning.memory import available_memory
 
 if TYPE_CHECKING:
     import torch
@@ -81,10 +83,10 @@ class Plan:
         where = "in a file" if self.in_file else "in memory"
         return [
             f"{self.parameters:,} parameters in {self.blocks} decoder blocks, "
-            f"the largest {show_size(self.block)}",
-            f"activations {show_size(self.activations)} {where}, "
-            f"statistics {show_size(self.statistics)}, one batch {show_size(self.batch)}",
-            f"peak memory about {show_size(self.peak)} of {show_size(self.limit)} "
+            f"the largest {decimal(self.block)}",
+            f"activations {decimal(self.activations)} {where}, "
+            f"statistics {decimal(self.statistics)}, one batch {decimal(self.batch)}",
+            f"peak memory about {decimal(self.peak)} of {decimal(self.limit)} "
             + ("free on the device" if self.separate else "allowed"),
             f"time about {_duration(self.seconds)}",
         ]
@@ -147,8 +149,8 @@ def make_plan(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, begin: int
     least = max(sizes) + statistics + batch
     if least > limit:
         raise PrufedError(
-            f"one decoder block with its statistics and a batch takes about {show_size(least)}, "
-            f"more than the {show_size(limit)} there may be",
+            f"one decoder block with its statistics and a batch takes about {decimal(least)}, "
+            f"more than the {decimal(limit)} there may be",
             f"{_more_room(separate, least)}, or use a shorter --length",
             FAILED,
         )

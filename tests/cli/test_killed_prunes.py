@@ -171,7 +171,7 @@ def test_other_arguments_begin_anew_and_are_not_mixed(
     child = fork(*slow)
     wait_for(child, lambda: finished(prufed_home) >= 2)
     kill(child)
-    prufed(*slow, "--max-memory", "1KB").refused(1, "more than the 1 KB there may be")
+    prufed(*slow, "--max-memory", "1KB").refused(1, "more than the 1.0 kB there may be")
     assert finished(prufed_home) >= 2  # too little memory costs nothing that is finished
     other = [0.6 if argument == "0.5" else argument for argument in slow]
     made = prufed(*other)

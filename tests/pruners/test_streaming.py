@@ -533,7 +533,7 @@ def test_too_little_memory_is_refused_with_the_figure(
     llama: Any, saved: Save, text: Path, registry: Registry
 ) -> None:
     wanted = request(saved(llama), text)
-    with pytest.raises(PrufedError, match=r"more than the 1 KB there may be") as refusal:
+    with pytest.raises(PrufedError, match=r"more than the 1.0 kB there may be") as refusal:
         prune(wanted, device="cpu", max_memory=1000)
     assert "--max-memory 1MB" in str(refusal.value.hint)
     plan = plan_prune([wanted], device="cpu")
