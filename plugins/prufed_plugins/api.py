@@ -165,12 +165,15 @@ class Decoder(Protocol):
         start: the first block that is still to be pruned; 0 unless a killed prune goes on.
         dtype: what the weights are stored in; a pruner rounds to it what it writes into a block, so
             that later blocks see the outputs of what will be stored.
+        masks: by parameter name, of matrices that were pruned before: bool of the parameter's own
+            shape, True where an entry exists. What does not exist counts as pruned, and goes first.
     """
 
     prefix: str
     blocks: Sequence[nn.Module]
     start: int
     dtype: torch.dtype
+    masks: Mapping[str, Tensor]
 
     def shapes(self, index: int) -> Mapping[str, tuple[int, int]]:
         """Return (outputs, inputs) of the matrices of block ``index``, without loading them."""

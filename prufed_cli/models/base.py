@@ -264,8 +264,16 @@ def load_model(
         PrufedError: no such device or dtype, transformers cannot open the directory, or its weights
             are not those its configuration speaks of.
     """
+    from prufed_cli.models.checkpoint import (
+        find_tensors,
+        quantization_of,
+        refuse_packed_matrices,
+    )
+
     where = choose_device(device)
     chosen = choose_dtype(dtype, where)
+    if not quantization_of(artifact.path):
+        refuse_packed_matrices(find_tensors(artifact.path, artifact.ref), artifact.ref)
     quiet_transformers()
     from transformers import AutoModelForCausalLM
 
@@ -359,7 +367,7 @@ def opening_errors() -> tuple[type[Exception], ...]:
     """Return what transformers raises for a directory that it cannot make anything of."""
     from huggingface_hub.errors import StrictDataclassError
 
-    plain = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError)
+    plain = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError)
     return (*plain, StrictDataclassError)
 
 

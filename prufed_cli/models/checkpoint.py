@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from prufed_cli.errors import INTEGRITY, USAGE, PrufedError
+from prufed_registry.weights import QUANTIZED_ENDINGS, SPARSE_ENDINGS
 
 if TYPE_CHECKING:
     from prufed_cli.models.stored import StoredTensor
@@ -17,9 +18,6 @@ INDEX = "model.safetensors.index.json"
 
 _PLAIN: Final = frozenset({"F16", "BF16", "F32", "F64"})
 """How the entries of a matrix are stored where they are numbers one by one."""
-
-_PACKED: Final = (".qweight", ".weight_packed", ".compressed", ".bitmask", ".absmax")
-"""Endings of what quantized and sparse formats store in place of a matrix."""
 
 
 def find_tensors(directory: Path, ref: str) -> dict[str, StoredTensor]:
@@ -59,18 +57,26 @@ def refuse_quantized(directory: Path, ref: str) -> None:
     Raises:
         PrufedError: as said, with the method.
     """
-    try:
-        config: Any = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        stated = config.get("quantization_config")
-    except (OSError, ValueError, AttributeError):
-        return  # whoever opens the model says what is wrong with its configuration
-    if not isinstance(stated, dict):
+    stated = quantization_of(directory)
+    if not stated:
         return
     method = str(stated.get("quant_method") or "unknown")
     stored_plainly = method == "compressed-tensors" and not stated.get("config_groups")
     if stored_plainly and stated.get("format") in (None, "dense"):
         return
     raise _not_plain(ref, f"it is quantized ({method})")
+
+
+def quantization_of(directory: Path) -> dict[str, Any]:
+    """Return what a model's configuration says of quantization; nothing where it cannot be read."""
+    try:
+        config: Any = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        text = config.get("text_config")
+        inner = text.get("quantization_config") if isinstance(text, dict) else None
+        stated = config.get("quantization_config") or inner
+    except (OSError, ValueError, AttributeError):
+        return {}  # whoever opens the model says what is wrong with its configuration
+    return stated if isinstance(stated, dict) else {}
 
 
 def refuse_packed_matrices(tensors: Mapping[str, StoredTensor], ref: str) -> None:
@@ -80,7 +86,7 @@ def refuse_packed_matrices(tensors: Mapping[str, StoredTensor], ref: str) -> Non
         PrufedError: as said, with the first such tensor.
     """
     for name, tensor in sorted(tensors.items()):
-        if name.endswith(_PACKED):
+        if name.endswith(SPARSE_ENDINGS + QUANTIZED_ENDINGS):
             raise _not_plain(ref, f"it holds {name}, part of a quantized or sparse format")
         if name.endswith(".weight") and len(tensor.shape) > 1 and tensor.code not in _PLAIN:
             raise _not_plain(ref, f"{name} is stored as {tensor.code}")

@@ -121,7 +121,7 @@ def run_stack(model: PreTrainedModel, batch: Tensor) -> None:
 
 
 def first_inputs(
-    model: PreTrainedModel, blocks: Sequence[nn.Module], batch: Tensor, *, tuples: bool
+    model: PreTrainedModel, blocks: Sequence[nn.Module], batch: Tensor, *, items: int
 ) -> tuple[Tensor, list[BlockCall]]:
     """Return what the first block receives for a batch (B, T), and what each is called with.
 
@@ -132,7 +132,7 @@ def first_inputs(
         model: the model.
         blocks: its decoder blocks.
         batch: token ids.
-        tuples: whether its blocks return tuples.
+        items: how many things its blocks return in a tuple; 0 where it is the output alone.
 
     Raises:
         PrufedError: the blocks are not called once each, or the model has no positions for so many
@@ -145,7 +145,7 @@ def first_inputs(
         hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
         first[:] = first or [hidden]
         calls.append(BlockCall(rest, kwargs))
-        return (hidden,) if tuples else hidden
+        return returned(hidden, items)
 
     with replaced_forwards(blocks, record):
         try:
@@ -163,6 +163,11 @@ def first_inputs(
             type(model).__name__, f"its {len(blocks)} blocks are called {len(calls)} times"
         )
     return first[0], calls
+
+
+def returned(hidden: Tensor, items: int) -> Any:
+    """Return an output as blocks do that return so many things in a tuple, or the output alone."""
+    return (hidden, *[None] * (items - 1)) if items else hidden
 
 
 @contextmanager

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 _PER_LAYER: Final = frozenset({"moe_topk", "moe_intermediate_size", "num_shared_expert"})
 """Lists of something per layer whose names do not say so (HunYuan's)."""
 
+_HINT: Final = "prune its entries: --method magnitude --sparsity 0.5"
+
 _NUMBERS: Final = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "training"})
 """What a module may remember of its place, or of what it is used for."""
 
@@ -69,6 +71,13 @@ def check_blocks(
     Raises:
         PrufedError: as said, with the first thing that differs.
     """
+    if len(after) != len(kept):
+        raise PrufedError(
+            f"cannot drop layers of a {architecture}: its configuration still speaks of "
+            f"{len(after)} layers where {len(kept)} are left",
+            _HINT,
+            USAGE,
+        )
     for local, layer in enumerate(kept):
         old, new = _built(before[layer]), _built(after[local])
         differs = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
@@ -76,7 +85,7 @@ def check_blocks(
             raise PrufedError(
                 f"cannot drop layers of a {architecture}: as layer {local}, layer {layer} would "
                 f"have another {differs[0]}",
-                "prune its entries: --method magnitude --sparsity 0.5",
+                _HINT,
                 USAGE,
             )
 
@@ -106,7 +115,7 @@ def _check_independent(config: PretrainedConfig) -> None:
         if getattr(config, name, None):
             raise PrufedError(
                 f"cannot drop layers of a {config.model_type} model: {reason}",
-                "prune its entries: --method magnitude --sparsity 0.5",
+                _HINT,
                 USAGE,
             )
 

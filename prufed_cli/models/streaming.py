@@ -13,6 +13,7 @@ from prufed_cli.models.decoder import (
     first_inputs,
     linears_of,
     replaced_forwards,
+    returned,
     run_stack,
     shape_of,
     stack_of,
@@ -44,6 +45,7 @@ class StreamedDecoder:
         start: the first block that is still to be pruned.
         dtype: what the weights are stored in.
         device: where blocks compute.
+        masks: by parameter name, of matrices that were pruned before.
         released: called with the index of a block whose weights are about to go.
     """
 
@@ -60,12 +62,13 @@ class StreamedDecoder:
         self._empty = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self._finished: dict[int, Mapping[str, StoredTensor]] = {}
         self._loaded: int | None = None
-        self._tuples: bool | None = None
+        self._items: int | None = None
         self.prefix = skeleton.prefix
         self.start = 0
         self.dtype = dtype
         self.device = device
         self.blocks: Sequence[nn.Module] = list(stack_of(model, skeleton.prefix))
+        self.masks: Mapping[str, Tensor] = {}
         self.released: Callable[[int], None] | None = None
         self._names: list[list[str]] = [[] for _ in self.blocks]
         for name in skeleton.stored:
@@ -109,12 +112,12 @@ class StreamedDecoder:
         model = self._skeleton.model
         with torch.no_grad():
             with self._outside(batches):
-                if self._tuples is None:
-                    self._tuples = self._returns_tuples(batches[0][:1, :2])
+                if self._items is None:
+                    self._items = self._items_returned(batches[0][:1, :2])
                 states: list[tuple[Tensor, dict[str, Any]]] = []
                 for batch in batches:
                     ids = batch.to(self.device)
-                    hidden, calls = first_inputs(model, self.blocks, ids, tuples=self._tuples)
+                    hidden, calls = first_inputs(model, self.blocks, ids, items=self._items)
                     calls = _shared(calls, [known[ARGUMENTS] for _, known in states])
                     states.append((self.hold(hidden), {ARGUMENTS: calls}))
             for index in range(self.start):
@@ -253,16 +256,16 @@ class StreamedDecoder:
 
         def forward(index: int, *args: Any, **kwargs: Any) -> Any:
             hidden = output.to(self.device)
-            return (hidden,) if self._tuples else hidden
+            return returned(hidden, self._items or 0)
 
         return forward
 
-    def _returns_tuples(self, batch: Tensor) -> bool:
-        """Return whether blocks return tuples, by running the first one on a few tokens."""
-        seen: list[bool] = []
+    def _items_returned(self, batch: Tensor) -> int:
+        """Return how many things blocks return, 0 if it is no tuple: of the first one, run."""
+        seen: list[int] = []
 
         def look(module: nn.Module, args: Any, output: Any) -> None:
-            seen.append(isinstance(output, tuple | list))
+            seen.append(len(output) if isinstance(output, tuple | list) else 0)
             raise _SeenError
 
         self._load(0)
@@ -273,7 +276,7 @@ class StreamedDecoder:
             pass
         finally:
             handle.remove()
-        return bool(seen) and seen[0]
+        return seen[0] if seen else 0
 
 
 class _SeenError(Exception):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,10 +33,8 @@ class BlockStore:
         skeleton: Skeleton,
         decoder: StreamedDecoder,
         made: int,
-        masks: Mapping[str, Tensor],
     ) -> None:
         self._work = work
-        self._masks = masks
         self._skeleton = skeleton
         self._decoder = decoder
         self._made = made
@@ -69,7 +67,7 @@ class BlockStore:
             self._finish()
             self._skip_to(index)
             self._open = [self._begin(made, index) for made in range(self._made)]
-        before = self._masks.get(name)
+        before = self._decoder.masks.get(name)
         for block, result in zip(self._open, results, strict=True):
             block.put(result if before is None else _within(before, result))
 

@@ -142,7 +142,8 @@ def _prune(
     total = len(decoder.blocks)
     finished = work.finished(len(job.made), total)
     decoder.hold_in(work.path if plan.in_file else None)
-    store = BlockStore(work, skeleton, decoder, len(job.made), base_masks(job.base) or {})
+    decoder.masks = base_masks(job.base) or {}
+    store = BlockStore(work, skeleton, decoder, len(job.made))
     if finished:
         job.reporter.note(f"resuming after block {finished} of {total}")
     with job.reporter.task(f"prune with {job.method}", total=total) as task:

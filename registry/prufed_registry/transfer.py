@@ -17,7 +17,7 @@ from prufed_registry.errors import Damaged, InvalidRequest, NotFound
 from prufed_registry.manifest import Manifest, parse_manifest
 from prufed_registry.outside import new_directory
 from prufed_registry.staging import regular_files
-from prufed_registry.weights import check_no_pickle
+from prufed_registry.weights import check_no_pickle, check_readable
 
 if TYPE_CHECKING:
     from prufed_registry.store import Registry
@@ -231,7 +231,17 @@ def _check_configuration(directory: Path, kind: str) -> None:
         if other.exists():
             hint = f"it holds {other.name}: give its kind, one of {', '.join(names.KINDS)}"
         raise InvalidRequest(f"{directory} has no {required}", hint)
-    _check_not_sparse(directory, _read_object(path))
+    _read_object(path)
+    for config in _configurations(directory):
+        _check_not_sparse(directory, config)
+
+
+def _configurations(directory: Path) -> list[dict[str, object]]:
+    """Return a model's configuration, and that of the text model in it; nothing of an adapter."""
+    path = directory / "config.json"
+    config = _read_object(path) if path.exists() else {}
+    text = config.get("text_config")
+    return [config, text] if isinstance(text, dict) else [config]
 
 
 def _check_not_sparse(directory: Path, config: dict[str, object]) -> None:
@@ -240,8 +250,7 @@ def _check_not_sparse(directory: Path, config: dict[str, object]) -> None:
     compressed-tensors writes such a checkpoint and says so in ``sparsity_config``, on its own or in
     the configuration of a quantization.
     """
-    for key in ("compression_config", "quantization_config"):
-        stated = config.get(key)
+    for stated in (config, config.get("compression_config"), config.get("quantization_config")):
         sparsity = stated.get("sparsity_config") if isinstance(stated, dict) else None
         form = sparsity.get("format") if isinstance(sparsity, dict) else None
         if form not in (None, "dense"):
@@ -265,6 +274,9 @@ def _check_weights(directory: Path, kind: str, found: Iterable[str]) -> None:
         shards = set(weights.values()) if isinstance(weights, dict) else set()
         if missing := sorted(str(shard) for shard in shards if shard not in expected):
             raise Damaged(f"{directory} lacks the shard {missing[0]!r}", "fetch it again")
+    quantized = any("quantization_config" in each for each in _configurations(directory))
+    for path in sorted(expected):
+        check_readable(directory / path, quantized=quantized)
 
 
 def _read_object(path: Path) -> dict[str, object]:

@@ -23,7 +23,7 @@ def compare(width: int, rows: int, target: PruneTarget, *, marked: bool = False)
     weight[:, 0] = 1.0  # every score of a row a tie, but for the factor's diagonal
     inverse = (torch.randn(width, width) * 0.1).triu(1) + torch.eye(width) * 2.0
     free = (torch.rand(width, 1) < 0.2) if marked else None
-    forced = (torch.rand(width, rows) < 0.1) if marked else None
+    forced = (torch.rand(width, rows) < 0.3) if marked else None
     rule = _Rule(target, "exact", free, forced)
     block = _Block.make(width, rows, target.pattern, CPU)
     block.current.copy_(weight)
@@ -50,3 +50,4 @@ if __name__ == "__main__":
     compare(128, 21, PruneTarget(pattern=(2, 4)))
     compare(126, 17, PruneTarget(pattern=(4, 8)))  # the last group is not whole
     compare(12, 40, PruneTarget(pattern=(3, 5)), marked=True)
+    compare(64, 21, PruneTarget(pattern=(1, 4)), marked=True)  # more is forced than would go

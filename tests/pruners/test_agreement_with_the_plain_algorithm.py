@@ -35,6 +35,31 @@ def problem(seed: int = 0) -> tuple[Tensor, Tensor]:
     return 0.02 * torch.randn(ROWS, COLUMNS, generator=generator), hessian.matrix()
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("target", [PruneTarget(sparsity=0.5), PruneTarget(pattern=(2, 4))])
+def test_silent_inputs_weigh_as_much_in_the_damping(
+    plain: ModuleType, target: PruneTarget, batch: int
+) -> None:
+    """The published code divides by sequences before it sets H_jj of a silent channel to 1."""
+    torch.manual_seed(0)
+    sequences, length, columns = 8, 50, 96
+    inputs = 0.05 * torch.randn(sequences, length, columns) @ torch.randn(columns, columns) / 10
+    inputs[..., ::3] = 0.0
+    hessian = InputHessian(columns, torch.device("cpu"))
+    for some in inputs.split(batch):
+        hessian.add(some.flatten(0, 1), len(some))
+    flat = inputs.flatten(0, 1)
+    weight = torch.randn(64, columns)
+    expected, pruned = plain.plain_sparsegpt(
+        weight, 2 / sequences * flat.t() @ flat, target.sparsity or 0.0, target.pattern, exact=False
+    )
+    choice = sparsegpt.choose(weight, hessian.factor, target, threshold="reference")
+    assert torch.equal(choice.pruned, pruned)
+    assert choice.weight is not None
+    found = choice.weight.masked_fill(choice.pruned, 0.0)
+    assert float((found - expected).abs().max()) <= 1e-4
+
+
 @pytest.mark.parametrize("threshold", ["exact", "reference"])
 @pytest.mark.parametrize("target", [*SPARSITIES, *PATTERNS], ids=str)
 def test_masks_and_weights_agree(plain: ModuleType, target: PruneTarget, threshold: Any) -> None:

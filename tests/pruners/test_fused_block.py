@@ -31,7 +31,7 @@ def test_the_kernel_takes_the_same_steps() -> None:
         [sys.executable, program], env=environment, capture_output=True, text=True, check=True
     )
     cases = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(cases) == 5
+    assert len(cases) == 6
     for case in cases:
         assert case["agreement"] == 1.0
         assert case["current"] < 1e-4

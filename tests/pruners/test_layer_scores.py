@@ -407,6 +407,11 @@ def shallower(directory: Path) -> None:
     save_file(tensors_of(TinyDecoder(layers=5)), directory / "model.safetensors")
 
 
+def deeper(directory: Path) -> None:
+    """A sub-model's layers under new numbers are not those of its base."""
+    save_file(tensors_of(TinyDecoder(7)), directory / "model.safetensors")
+
+
 def wider(directory: Path) -> None:
     save_file(tensors_of(TinyDecoder(width=20)), directory / "model.safetensors")
 
@@ -419,7 +424,8 @@ def wider(directory: Path) -> None:
         (cut_off, r"cannot read the reference's model\.safetensors"),
         (no_index, "is no index of shards"),
         (outside, "names files outside its directory"),
-        (shallower, r"has no model\.layers\.5\.gate\.weight"),
+        (shallower, r"has 5 layers, the model 6"),
+        (deeper, r"has 7 layers, the model 6"),
         (wider, r"is \[24, 16\] here and \[24, 20\] in the reference"),
     ],
 )

@@ -32,7 +32,8 @@ class WholeDecoder:
         self.start = 0
         self.dtype = dtype
         self.blocks: Sequence[nn.Module] = list(stack_of(model, self.prefix))
-        self._tuples = returns_tuples(model, self.blocks[0])
+        self.masks: Mapping[str, Tensor] = {}
+        self._items = items_returned(model, self.blocks[0])
 
     def linears(self, index: int) -> Mapping[str, nn.Module]:
         """Return the prunable matrices of a block by their full module name."""
@@ -44,7 +45,7 @@ class WholeDecoder:
 
     def embed(self, batches: Sequence[Tensor]) -> list[tuple[Tensor, dict[str, Any]]]:
         """Return what the first block receives for each batch (B, T), and the blocks' arguments."""
-        found = (first_inputs(self._model, self.blocks, b, tuples=self._tuples) for b in batches)
+        found = (first_inputs(self._model, self.blocks, b, items=self._items) for b in batches)
         return [(hidden, {ARGUMENTS: calls}) for hidden, calls in found]
 
     def run_block(self, index: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -71,10 +72,12 @@ def open_decoder(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Wh
     return WholeDecoder(model, dtype or model.dtype)
 
 
-def returns_tuples(model: PreTrainedModel, block: nn.Module) -> bool:
-    """Return whether blocks return tuples, by running the model on two tokens."""
-    seen: list[bool] = []
-    handle = block.register_forward_hook(lambda m, args, out: seen.append(isinstance(out, tuple)))
+def items_returned(model: PreTrainedModel, block: nn.Module) -> int:
+    """Return how many things blocks return in a tuple, by running the model on two tokens."""
+    seen: list[int] = []
+    handle = block.register_forward_hook(
+        lambda m, args, out: seen.append(len(out) if isinstance(out, tuple) else 0)
+    )
     device = model.get_input_embeddings().weight.device
     run_stack(model, torch.zeros(1, 2, dtype=torch.long, device=device))
     handle.remove()

@@ -46,8 +46,8 @@ class Statistic(Protocol):
 
     tokens: int
 
-    def add(self, inputs: Tensor) -> None:
-        """Add the inputs (tokens, columns) of one batch."""
+    def add(self, inputs: Tensor, sequences: int) -> None:
+        """Add the inputs (tokens, columns) of one batch of so many sequences."""
 
     def second_moments(self) -> Tensor:
         """Return the mean of x_v² over tokens, (columns,)."""
@@ -133,6 +133,7 @@ def observe(
     collecting = InputCollector(linears, new_statistic, energies=energies, stops=not advancing)
     with mapped_above(_POOLED), collecting as collector:
         for position, (hidden, arguments) in enumerate(states):
+            collector.begin_batch(len(hidden))
             with suppress(_AllSeenError):
                 output = decoder.run_block(index, hidden, arguments)
             collector.end_batch()
@@ -193,6 +194,7 @@ class InputCollector(Generic[S]):
         self._energies = energies
         self._stops = stops
         self._first = True
+        self._sequences = 0
         self._calls: list[str] = []
         self._leaders: dict[str, str] = {}
         self._batch: dict[int, tuple[str, Tensor]] = {}
@@ -221,6 +223,10 @@ class InputCollector(Generic[S]):
             if statistic.tokens
         }
 
+    def begin_batch(self, sequences: int) -> None:
+        """Prepare for a batch of so many sequences."""
+        self._sequences = sequences
+
     def end_batch(self) -> None:
         """Forget the inputs of the batch that just ran."""
         if self._first:
@@ -238,7 +244,7 @@ class InputCollector(Generic[S]):
                 flat = tensor.detach().reshape(-1, tensor.shape[-1])
                 if name not in self._own:
                     self._own[name] = self._new_statistic(flat.shape[1], flat.device)
-                self._own[name].add(flat)
+                self._own[name].add(flat, self._sequences)
             self._calls.append(name)
             if self._stops and not self._first and len(self._calls) == len(self._linears):
                 raise _AllSeenError

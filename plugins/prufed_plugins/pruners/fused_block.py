@@ -123,7 +123,8 @@ def _kernel() -> Any:
                         score = tl.sum(tl.where(columns == one, scores, 0.0), axis=0)[None, :]
                         before = (scores < score) | ((scores == score) & (columns < one))
                         rank = tl.sum(tl.where(group & before, 1, 0), axis=0)[None, :]
-                        goes = tl.where(rank < n, 1.0, 0.0)
+                        must = tl.sum(tl.where((columns == one) & (kind == 2), 1, 0), axis=0)
+                        goes = tl.where((rank < n) | (must[None, :] > 0), 1.0, 0.0)
                         going = tl.where(columns == one, goes, going)
             own = columns == column
             value = tl.sum(tl.where(own, values * going, 0.0), axis=0)[None, :]

@@ -54,8 +54,8 @@ class InputNorms:
         self._keys = torch.empty(0)  # of the sampled tokens: the least of all
         self._squares = torch.zeros(columns, dtype=torch.float32, device=device)
 
-    def add(self, inputs: Tensor) -> None:
-        """Add the inputs (tokens, columns) of one batch."""
+    def add(self, inputs: Tensor, sequences: int = 1) -> None:
+        """Add the inputs (tokens, columns) of one batch, of however many sequences."""
         x = inputs.float()
         self._squares += x.square().sum(dim=0)
         self.tokens += x.shape[0]
@@ -85,17 +85,19 @@ class InputHessian:
     Attributes:
         columns: number of input channels.
         tokens: tokens seen so far.
+        sequences: sequences that they were of.
         damping: share of the mean diagonal added to it before factoring; the first one tried.
     """
 
     def __init__(self, columns: int, device: torch.device, damping: float = 0.01) -> None:
         self.columns = columns
         self.tokens = 0
+        self.sequences = 0
         self.damping = damping
         self._sum = torch.zeros(columns, columns, dtype=torch.float32, device=device)
 
-    def add(self, inputs: Tensor) -> None:
-        """Add the inputs (tokens, columns) of one batch."""
+    def add(self, inputs: Tensor, sequences: int = 1) -> None:
+        """Add the inputs (tokens, columns) of one batch of sequences."""
         if inputs.device.type == "cpu":
             for some in torch.split(inputs, ADDED):
                 self._add_transposed(some.t().contiguous().float())
@@ -104,6 +106,7 @@ class InputHessian:
             for panel in pieces(0, self.columns, PANEL):
                 self._sum[panel, panel.start :].addmm_(x[:, panel].t(), x[:, panel.start :])
         self.tokens += inputs.shape[0]
+        self.sequences += sequences
 
     def _add_transposed(self, x: Tensor) -> None:
         """Add inputs (columns, tokens): in this layout, panels of columns are contiguous."""
@@ -130,7 +133,7 @@ class InputHessian:
         """
         hessian = self._sum.mul_(2.0 / self.tokens)
         del self._sum
-        return factorize(hessian, self.damping)
+        return factorize(hessian, self.damping, silent=self.sequences / self.tokens)
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ class Factor:
 
     Attributes:
         upper: R, (columns, columns); the entries below the diagonal are not part of it.
-        dead: bool (columns,): channels that were zero on every token; H_jj is 1 there.
+        dead: bool (columns,): channels that were zero on every token.
         damping: the share of the mean diagonal that was added in the end.
         added: λ, what that share came to.
         retries: how often the damping was raised before the factorization succeeded.
@@ -163,13 +166,18 @@ class Factor:
         return max(total - damped, 0.0) / 2
 
 
-def factorize(hessian: Tensor, damping: float) -> Factor:
+def factorize(hessian: Tensor, damping: float, *, silent: float = 1.0) -> Factor:
     """Factor a Hessian as R·Rᵀ with R upper, raising the damping tenfold while that fails.
+
+    The published code sums 2·xxᵀ over tokens, divides by the number of sequences, and sets H_jj of
+    a silent channel to 1, which then counts in the mean diagonal. Here the sum is divided by the
+    number of tokens; the same 1 is then the number of sequences over that of tokens.
 
     Args:
         hessian: (columns, columns), symmetric; only the triangle above the diagonal is read. It is
             overwritten: with R above the diagonal, and below with itself, for the next attempt.
         damping: share of the mean diagonal to add at first.
+        silent: H_jj of channels that were silent.
 
     Raises:
         MethodError: not positive definite even with a damping of 1.
@@ -177,7 +185,7 @@ def factorize(hessian: Tensor, damping: float) -> Factor:
     _mirror(hessian)
     diagonal = hessian.diagonal().clone()
     dead = diagonal == 0
-    diagonal[dead] = 1.0
+    diagonal[dead] = silent
     scale = float(diagonal.mean())
     retries = 0
     while True:
@@ -191,7 +199,7 @@ def factorize(hessian: Tensor, damping: float) -> Factor:
                 f"not positive definite even with a damping of {damping:g}",
                 "calibrate with more text, or use --method wanda, which needs no factorization",
             )
-        damping = min(damping * 10, LARGEST_DAMPING)
+        damping = min(float(f"{damping * 10:.12g}"), LARGEST_DAMPING)
         retries += 1
         _mirror(hessian.t())
 

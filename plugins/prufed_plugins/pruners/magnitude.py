@@ -51,11 +51,8 @@ class Magnitude(ElementPruner["InputNorms"]):
         target: PruneTarget,
         forced: Tensor | None,
     ) -> Choice:
-        """Return what goes of one matrix; see :func:`choose`.
-
-        What a smaller sparsity removes, a larger one does too: nothing has to be forced.
-        """
-        return Choice(choose(weight, target, self._group, self._params.threshold))
+        """Return what goes of one matrix; see :func:`choose`."""
+        return Choice(choose(weight, target, self._group, self._params.threshold, forced))
 
     def _vary(
         self,
@@ -93,9 +90,25 @@ def choose(
     target: PruneTarget,
     group: Literal["layer", "row", "global"] = "layer",
     threshold: Threshold = "exact",
+    forced: Tensor | None = None,
 ) -> Tensor:
-    """Return what to prune of a float32 weight (rows, columns), bool of its shape."""
+    """Return what to prune of a float32 weight (rows, columns), bool of its shape.
+
+    Entries that are ``forced`` (bool, likewise) go first and are counted.
+    """
     scores = weight.abs()
+    if forced is None:
+        return _smallest(scores, target, group, threshold)
+    chosen = _smallest(scores.masked_fill_(forced, -1.0), target, group, threshold)
+    return chosen.logical_or_(forced)  # where there are more of them than the target asks for
+
+
+def _smallest(
+    scores: Tensor,
+    target: PruneTarget,
+    group: Literal["layer", "row", "global"],
+    threshold: Threshold,
+) -> Tensor:
     sparsity = target.sparsity or 0.0
     if target.pattern is not None:
         return smallest_of_groups(scores, target.pattern)

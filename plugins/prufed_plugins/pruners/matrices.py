@@ -62,6 +62,17 @@ def float_matrix(name: str, module: nn.Module) -> Tensor:
     return matrix
 
 
+def absent(name: str, module: nn.Module, masks: Mapping[str, Tensor]) -> Tensor | None:
+    """Return which entries of a module's weight an earlier prune removed, bool (rows, columns).
+
+    None where it is not among the masks.
+    """
+    mask = masks.get(f"{name}.weight")
+    if mask is None:
+        return None
+    return ~_oriented(module, mask.to(module.get_parameter("weight").device))
+
+
 @torch.no_grad()
 def apply(
     name: str,

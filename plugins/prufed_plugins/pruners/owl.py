@@ -98,9 +98,14 @@ def outlier_ratios(
         linears = decoder.linears(index)
         with torch.no_grad():
             matrices = [
-                (float_matrix(name, linears[name]), one.statistic.second_moments().sqrt())
+                (float_matrix(name, linears[name]), _norms(one.statistic))
                 for name, one in observed.items()
             ]
             ratios.append(outlier_ratio(matrices, multiple))
         progress("survey of block", index + 1, total)
     return ratios
+
+
+def _norms(inputs: InputNorms) -> Tensor:
+    """Return ‖X_v‖₂ over all tokens, (columns,): what an expert seldom sees weighs little."""
+    return (inputs.second_moments() * inputs.tokens).sqrt()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
+from prufed_plugins.errors import MethodError
 from prufed_plugins.pruners.layers import ScoringLayerPruner, Subject
 from prufed_plugins.pruners.reference_weights import ReferenceWeights
 from prufed_plugins.pruners.weight_scores import Score, l1, l2, mean_abs, variance, weight_scores
@@ -41,4 +42,9 @@ class Parameter(ScoringLayerPruner):
             MethodError: the reference cannot be read, or is another model's.
         """
         origin = None if self._reference is None else ReferenceWeights(self._reference)
+        if origin is not None and (depth := origin.depth(subject.decoder.prefix)) != subject.layers:
+            raise MethodError(
+                f"the reference {self._reference} has {depth} layers, the model {subject.layers}",
+                "name what this model was tuned from: a sub-model's is the sub-model it was before",
+            )
         return weight_scores(subject.decoder, self._score, subject.progress, origin)

@@ -33,6 +33,17 @@ class ReferenceWeights:
         self._directory = directory
         self._files = {name: path for path in _shards(directory) for name in _names(path)}
 
+    def depth(self, prefix: str) -> int:
+        """Return how many blocks the stack at a module path has."""
+        outer = {f"{prefix}.", f"{prefix.partition('.')[2]}."}
+        inside = (
+            name.removeprefix(start).partition(".")[0]
+            for name in self._files
+            for start in outer
+            if name.startswith(start)
+        )
+        return len({number for number in inside if number.isdecimal()})
+
     def __call__(self, name: str) -> Tensor:
         """Read one tensor.
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from prufed_plugins.errors import MethodError
 from prufed_plugins.pruners.collecting import Observed, S, States, advance, embed, observe
-from prufed_plugins.pruners.matrices import Choice, apply, float_matrix, keep
+from prufed_plugins.pruners.matrices import Choice, absent, apply, float_matrix, keep
 from prufed_plugins.pruners.modules import selected
 from prufed_plugins.pruners.owl import outlier_ratios, owl_sparsities
 from prufed_plugins.pruners.selection import check_pattern, check_target
@@ -68,7 +68,8 @@ class ElementPruner(Generic[S]):
             weight: float32 (rows, columns).
             observed: what calibration showed of it; None where nothing is looked at.
             target: sparsity or pattern.
-            forced: bool (rows, columns), entries that must go; None where there are none.
+            forced: bool (rows, columns), entries that must go and are counted: those that an
+                earlier prune or a smaller target removed; None where there are none.
 
         Raises:
             MethodError: the target cannot be met.
@@ -177,7 +178,10 @@ class ElementPruner(Generic[S]):
                 elif observed is not None and name not in observed:
                     yield (keep(name, module, "unrouted"),) * len(targets)
                 else:
-                    yield self._prune_matrix(name, module, observed, targets, decoder.dtype, dense)
+                    gone = absent(name, module, decoder.masks)
+                    yield self._prune_matrix(
+                        name, module, observed, targets, decoder.dtype, gone, dense=dense
+                    )
             observed = None  # the next block's statistics are not held beside these
             if not more:
                 states = None
@@ -213,13 +217,14 @@ class ElementPruner(Generic[S]):
         observed: dict[str, Observed[S]] | None,
         targets: Sequence[PruneTarget],
         dtype: torch.dtype,
+        forced: Tensor | None,
+        *,
         dense: bool,
     ) -> tuple[PrunedMatrix, ...]:
         """Prune one matrix; what was observed of it is dropped as soon as nothing needs it."""
         matrix = float_matrix(name, module)
         found = None if observed is None else observed.pop(name)
         results: list[PrunedMatrix] = []
-        forced: Tensor | None = None
         for target in targets:
             started = time.perf_counter()
             try:

@@ -135,8 +135,7 @@ def choose(
         block_size: columns that are selected together; made a multiple of m.
         threshold: ``exact`` removes ⌊s·n⌋ of the n entries of a block, ties by index; ``reference``
             every entry at or below the int(n·s)-th from 0, and at least one.
-        forced: bool (rows, columns), entries that must go; no more in any block than the target
-            removes of it.
+        forced: bool (rows, columns), entries that must go and are counted.
 
     Returns:
         The choice. Its squared error is ½·tr(D·H·Dᵀ) with D = W − W' and H undamped.
@@ -345,6 +344,8 @@ def _prune_block(block: _Block, inverse: Tensor, rule: _Rule, pruned: Tensor) ->
             part = step.part
             scores = _scores(step.current, squares[part], rule.of(part), out=step.removed)
             smallest_members(scores, min(pattern[0], len(scores)), out=step.gone)
+            if rule.forced is not None:
+                step.gone.masked_fill_(rule.forced[part], 1.0)
         for column in step.columns:
             if column.earlier is not None:
                 column.current.addmv_(column.earlier, column.pushes)
@@ -370,6 +371,8 @@ def _select(scores: Tensor, rule: _Rule, out: Tensor) -> None:
         at_most_threshold(scores, sparsity, out)
     else:
         smallest_transposed(scores, pruned_count(sparsity, scores.numel()), out)
+    if rule.forced is not None:  # where there are more of them than the target asks for
+        out.masked_fill_(rule.forced, 1.0)
 
 
 def _squares(rows: Tensor) -> Tensor:

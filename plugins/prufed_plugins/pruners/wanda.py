@@ -41,12 +41,9 @@ class Wanda(ElementPruner[InputNorms]):
         target: PruneTarget,
         forced: Tensor | None,
     ) -> Choice:
-        """Return what goes of one matrix; see :func:`choose`.
-
-        What a smaller sparsity removes, a larger one does too: nothing has to be forced.
-        """
+        """Return what goes of one matrix; see :func:`choose`."""
         assert observed is not None
-        return choose(weight, observed.statistic, target, self._params.threshold)
+        return choose(weight, observed.statistic, target, self._params.threshold, forced)
 
     def new_statistic(self, columns: int, device: torch.device) -> InputNorms:
         """Return the norms of no inputs yet."""
@@ -58,7 +55,11 @@ class Wanda(ElementPruner[InputNorms]):
 
 
 def choose(
-    weight: Tensor, norms: InputNorms, target: PruneTarget, threshold: Threshold = "exact"
+    weight: Tensor,
+    norms: InputNorms,
+    target: PruneTarget,
+    threshold: Threshold = "exact",
+    forced: Tensor | None = None,
 ) -> Choice:
     """Choose what to prune; the kept weights stay as they are.
 
@@ -69,9 +70,12 @@ def choose(
         norms: of the matrix's inputs.
         target: sparsity or pattern.
         threshold: how ⌊s·k⌋ is counted.
+        forced: bool (rows, columns), entries that must go and are counted.
     """
     moments = norms.second_moments()
     scores = weight.abs().mul_(moments.sqrt())
+    if forced is not None:
+        scores.masked_fill_(forced, -1.0)
     columns = weight.shape[1]
     if target.pattern is not None:
         pruned = smallest_of_groups(scores, target.pattern)
@@ -79,6 +83,8 @@ def choose(
         pruned = smallest(scores, int(columns * (target.sparsity or 0.0)))
     else:
         pruned = smallest(scores, pruned_count(target.sparsity or 0.0, columns))
+    if forced is not None:
+        pruned |= forced  # where there are more of them than the target asks for
     energy = _mean_square(norms.sample, weight)
     change = scores.copy_(weight)
     clear(change, pruned)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,11 +88,13 @@ class TinyDecoder:
         blocks: the blocks in order.
         start: the first block to be pruned.
         dtype: what the weights are stored in.
+        masks: of matrices that were pruned before; none.
         embedding: token embedding, which no pruner may touch.
     """
 
     prefix = "model.layers"
     dtype = torch.float32
+    masks: Mapping[str, Tensor] = MappingProxyType({})
 
     def __init__(self, layers: int = LAYERS, width: int = 16, inner: int = 24) -> None:
         self.start = 0
