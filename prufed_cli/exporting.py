@@ -32,9 +32,24 @@ def export(
 
     registry = registry or open_registry()
     artifact = registry.resolve(reference)
-    if artifact.kind in ADAPTER_KINDS and base is None:
-        base = str(base_of(artifact, registry).path)
+    base = _base_to_name(artifact, base, registry)
+    registry.check_outside(directory)
     return registry.export(artifact.ref, directory, base)
+
+
+def _base_to_name(artifact: Artifact, base: str | None, registry: Registry) -> str | None:
+    """Return what an adapter's configuration shall name as its base; None for a model.
+
+    Raises:
+        PrufedError: one is given for a model.
+    """
+    if artifact.kind in ADAPTER_KINDS:
+        return base if base is not None else str(base_of(artifact, registry).path)
+    if base is not None:
+        raise PrufedError(
+            f"{artifact.ref} is no adapter, so it names no base", "leave --base out", USAGE
+        )
+    return None
 
 
 @dataclass(frozen=True)
@@ -73,8 +88,8 @@ def export_packed(
 
     registry = registry or open_registry()
     artifact = registry.resolve(reference)
-    if artifact.kind in ADAPTER_KINDS and base is None:
-        base = str(base_of(artifact, registry).path)
+    base = _base_to_name(artifact, base, registry)
+    registry.check_outside(directory)
     with new_directory(directory) as partial:
         registry.export(
             artifact.ref, partial, base, leave_out=to_be_packed(artifact.manifest.files)
@@ -108,6 +123,7 @@ def export_merged(
             f"`prufed export {artifact.ref} DIR` copies it as it is",
             USAGE,
         )
+    registry.check_outside(directory)
     base = base_of(artifact, registry)
     with (
         new_directory(directory) as partial,

@@ -267,6 +267,17 @@ class Pruner(Protocol):
         """
 
 
+class CheckingPruner(Pruner, Protocol):
+    """A pruner that knows beforehand what it cannot do."""
+
+    def check(self, decoder: Decoder, targets: Sequence[PruneTarget]) -> None:
+        """Refuse a target that cannot be met on a model, before anything is read of its weights.
+
+        Raises:
+            MethodError: one cannot be met.
+        """
+
+
 class SurveyingPruner(Pruner, Protocol):
     """A pruner that looks at the whole dense model before it touches the first block."""
 

@@ -7,6 +7,7 @@ B (d, r), which every party derives alike from (seed, tensor name, shape) and so
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -250,11 +251,20 @@ def save_masks(path: Path, masks: Mapping[str, Tensor]) -> None:
     save_file({name: pack(masks[name]) for name in names}, path, metadata=mask_metadata(shapes))
 
 
-def mask_metadata(shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
-    """Return the metadata of a mask file that holds masks of these shapes."""
-    stated = {name: list(shape) for name, shape in shapes.items()}
+def mask_metadata(
+    shapes: Mapping[str, Sequence[int]], stored: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Return the metadata of a mask file.
+
+    Args:
+        shapes: of the masks, by parameter name.
+        stored: by parameter name, what the weights' file calls those that it calls otherwise.
+    """
+    stated: dict[str, Any] = {"layout": _LAYOUT, "shapes": {n: list(s) for n, s in shapes.items()}}
+    if stored:
+        stated["stored"] = dict(stored)
     # safetensors does not order metadata entries: with one entry there is one order
-    return {METADATA_KEY: json.dumps({"layout": _LAYOUT, "shapes": stated}, sort_keys=True)}
+    return {METADATA_KEY: json.dumps(stated, sort_keys=True)}
 
 
 class MaskFile(Mapping[str, Tensor]):
@@ -278,7 +288,8 @@ class MaskFile(Mapping[str, Tensor]):
                 f"cannot read masks from {path}: {error}", "prune the base again"
             ) from error
         self._packed = TensorFile(path)
-        self._shapes = _stated_shapes(path, metadata)
+        self._shapes, self._stored = _stated(path, metadata)
+        self._renamed: Mapping[str, str] = {}
         if odd := sorted(self._shapes.keys() ^ set(self._packed)):
             raise MethodError(
                 f"{path} and its stated shapes differ in {', '.join(odd[:3])}",
@@ -290,9 +301,18 @@ class MaskFile(Mapping[str, Tensor]):
         """The shape of every mask."""
         return self._shapes
 
+    def as_stored(self) -> MaskFile:
+        """Return the same masks under the names that the weights' file has for their tensors."""
+        if not self._stored:
+            return self
+        renamed = copy.copy(self)
+        renamed._renamed = {self._stored.get(name, name): name for name in self._shapes}
+        renamed._shapes = {new: self._shapes[old] for new, old in renamed._renamed.items()}
+        return renamed
+
     def __getitem__(self, name: str) -> Tensor:
         shape = self._shapes[name]
-        return unpack(self._packed[name], shape)
+        return unpack(self._packed[self._renamed.get(name, name)], shape)
 
     def entries(self, name: str) -> Entries:
         """Return one mask to be read piece by piece.
@@ -302,7 +322,7 @@ class MaskFile(Mapping[str, Tensor]):
             MethodError: it is damaged.
         """
         shape = self._shapes[name]
-        packed = self._packed.entries(name)
+        packed = self._packed.entries(self._renamed.get(name, name))
         _check_packed(packed.dtype, packed.shape, shape)
 
         def read(start: int, stop: int, buffer: Buffer | None) -> Tensor:
@@ -331,14 +351,22 @@ def load_masks(path: Path) -> dict[str, Tensor]:
     return dict(MaskFile(path))
 
 
-def _stated_shapes(path: Path, metadata: Mapping[str, str] | None) -> dict[str, list[int]]:
-    """Return the shapes in a mask file's metadata."""
+def _stated(
+    path: Path, metadata: Mapping[str, str] | None
+) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """Return the shapes in a mask file's metadata, and the other names that tensors are stored by.
+
+    Raises:
+        MethodError: it is no mask file, damaged, or of a newer layout.
+    """
     if not metadata or METADATA_KEY not in metadata:
         raise MethodError(f"{path} is not a mask file", "give a file that prufed prune wrote")
     try:
         stated: Any = json.loads(metadata[METADATA_KEY])
-        layout, shapes = stated["layout"], stated["shapes"]
+        layout, shapes, stored = stated["layout"], stated["shapes"], stated.get("stored", {})
         valid = all(type(n) is int and n >= 0 for shape in shapes.values() for n in shape)
+        valid &= stored.keys() <= shapes.keys() and set(map(type, stored.values())) <= {str}
+        valid &= len({stored.get(name, name) for name in shapes}) == len(shapes)
     except (ValueError, TypeError, KeyError, AttributeError):
         valid = False
     if not valid:
@@ -347,7 +375,7 @@ def _stated_shapes(path: Path, metadata: Mapping[str, str] | None) -> dict[str, 
         raise MethodError(
             f"{path} has mask layout {layout}, this version reads {_LAYOUT}", "upgrade prufed"
         )
-    return dict(shapes)
+    return dict(shapes), dict(stored)
 
 
 def digest(masks: Mapping[str, Tensor]) -> str:

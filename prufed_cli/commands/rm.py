@@ -22,7 +22,8 @@ def command(
     from prufed_cli.output import emit_json, print_line
 
     registry = open_registry()
-    artifacts = [registry.resolve(reference) for reference in references]
+    resolved = map(registry.resolve, references)
+    artifacts = list({artifact.ref: artifact for artifact in resolved}.values())
     for artifact in artifacts:
         registry.remove(artifact.ref)
         if not as_json:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from prufed_cli.errors import NOT_FOUND, USAGE, PrufedError
 from prufed_cli.models.base import context_length
 from prufed_cli.progress import SILENT, Reporter
+from prufed_registry.names import readable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,6 +79,11 @@ class TextFile:
     text: str
     digest: str
 
+    @property
+    def name(self) -> str:
+        """The file's name, as it can be stored."""
+        return readable(self.path.name)
+
 
 def read_text(path: Path) -> TextFile:
     """Read a UTF-8 text file.
@@ -135,7 +141,7 @@ def measure_perplexity(
     total = torch.zeros((), dtype=torch.float64)
     rows = _rows_per_batch(model, length, batch_size)
     batches = list(windows(tokens, length, rows))
-    with reporter.task(f"perplexity on {text.path.name}", total=len(batches)) as task:
+    with reporter.task(f"perplexity on {text.name}", total=len(batches)) as task:
         for batch in batches:
             total += _negative_log_likelihood(model, batch)
             task.advance()

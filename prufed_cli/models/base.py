@@ -299,6 +299,26 @@ def load_model(
     return loaded
 
 
+def check_configuration(artifact: Artifact, *, trust_remote_code: bool = False) -> None:
+    """Open a model's configuration.
+
+    Raises:
+        PrufedError: transformers cannot make a causal language model of it.
+    """
+    quiet_transformers()
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(
+            artifact.path, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except opening_errors() as error:
+        raise PrufedError(
+            f"{artifact.ref} cannot be opened as a causal language model: {first_line(error)}",
+            f"`prufed verify {artifact.ref}` checks its files",
+        ) from error
+
+
 def check_complete(
     ref: str,
     mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]],
@@ -367,8 +387,8 @@ def opening_errors() -> tuple[type[Exception], ...]:
     """Return what transformers raises for a directory that it cannot make anything of."""
     from huggingface_hub.errors import StrictDataclassError
 
-    plain = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError)
-    return (*plain, StrictDataclassError)
+    lookups = (KeyError, TypeError, AttributeError, ImportError, ArithmeticError)
+    return (OSError, ValueError, RuntimeError, *lookups, StrictDataclassError)
 
 
 def base_masks(artifact: Artifact) -> Mapping[str, Tensor] | None:
@@ -480,6 +500,7 @@ def quiet_transformers() -> None:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, or two if it ends with a colon; no full stop."""
-    lines = (str(error).strip() or type(error).__name__).splitlines()
+    said = f"there is no {error}" if isinstance(error, KeyError) else str(error).strip()
+    lines = (said or type(error).__name__).splitlines()
     told = lines[:2] if lines[0].endswith(":") else lines[:1]
     return " ".join(line.strip() for line in told).rstrip(".")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from prufed_cli.errors import FAILED, NOT_FOUND, USAGE, PrufedError
+from prufed_registry.names import readable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,7 +86,7 @@ def calibration_batches(
     Raises:
         PrufedError: the source is missing, empty, damaged, or shorter than one sequence.
     """
-    name = "the embedded text" if source is None else Path(source).name
+    name = "the embedded text" if source is None else readable(Path(source).name)
     wanted = length or min(int(tokenizer.model_max_length), longest)
     stream = _token_stream(documents(source), tokenizer, SURPLUS * samples * wanted)
     if not stream:
@@ -267,7 +268,7 @@ def _directory(path: Path) -> Iterator[str]:
         else:
             rows = datasets.load_dataset(str(path), split="train", streaming=True)
         yield from _rows(rows, path.name)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except _unreadable_data() as error:
         raise PrufedError(f"{path} is no data set: {_first_line(error)}", HINT, FAILED) from error
 
 
@@ -287,12 +288,19 @@ def _hub(source: str) -> Iterator[str]:
             HINT,
             NOT_FOUND,
         ) from error
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except _unreadable_data() as error:
         raise PrufedError(
             f"cannot read data set {source}: {_first_line(error)}",
             "check the network (prufed doctor), or pass a local file",
             FAILED,
         ) from error
+
+
+def _unreadable_data() -> tuple[type[Exception], ...]:
+    """Return what ``datasets`` raises for what it cannot read; StopIteration for an empty file."""
+    import datasets
+
+    return (OSError, ValueError, RuntimeError, StopIteration, datasets.exceptions.DatasetsError)
 
 
 def _rows(rows: Iterable[Any], name: str) -> Iterator[str]:
@@ -301,6 +309,8 @@ def _rows(rows: Iterable[Any], name: str) -> Iterator[str]:
 
 
 def _first_line(error: Exception) -> str:
+    if isinstance(error, StopIteration):
+        return "it has no rows"
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

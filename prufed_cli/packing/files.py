@@ -23,6 +23,7 @@ from prufed_cli.packing.layout import (
     CHUNK,
     LAYOUT,
     LENGTH_BYTES,
+    LONGEST_HEADER,
     METADATA_KEY,
     PackedManifest,
     Stored,
@@ -56,7 +57,8 @@ def pack_file(source: Path, target: Path, masks: Masks | None = None) -> PackedM
         What the packed file says about the original, its SHA-256 included.
 
     Raises:
-        PrufedError: ``source`` is not a whole safetensors file. Nothing is left at ``target``.
+        PrufedError: ``source`` is not a whole safetensors file, or one of too many tensors. Nothing
+            is left at ``target``.
     """
     with source.open("rb") as file, _new_file(target) as out:
         try:
@@ -72,6 +74,11 @@ def pack_file(source: Path, target: Path, masks: Masks | None = None) -> PackedM
         # The header comes first and is known last: its longest form is reserved, and what remains
         # of it is filled with blanks, as the format allows.
         room = len(_packed_header(_longest(header, tensors), tensors))
+        if room > LONGEST_HEADER:
+            raise PrufedError(
+                f"{source} holds {len(tensors):,} tensors, more than a packed file can describe",
+                "leave --packed out",
+            )
         out.seek(LENGTH_BYTES + room)
         chunks = {
             tensor.name: list(_pack_tensor(tensor, file, out, masks or {}, hashed))
@@ -205,6 +212,9 @@ def _runs(tensor: Stored) -> Iterator[slice]:
 
 def _mask_of(tensor: Stored, masks: Masks) -> np.ndarray[Any, Any] | None:
     """Return a tensor's mask, flat; None where it has none that fits."""
+    shapes = getattr(masks, "shapes", None)  # known before a mask is unpacked, however large
+    if shapes is not None and tuple(shapes.get(tensor.name, ())) != tensor.shape:
+        return None
     mask = masks.get(tensor.name)
     if mask is None or tuple(mask.shape) != tensor.shape or mask.numel() != tensor.entries:
         return None

@@ -21,7 +21,7 @@ LENGTH_BYTES: Final = 8  # the header's length, little endian, comes first
 CHUNK: Final = 2**20
 """Entries per chunk; part of layout 1, so that no file can ask for a chunk of any size."""
 
-_LONGEST_HEADER: Final = 100_000_000  # safetensors itself reads no longer one
+LONGEST_HEADER: Final = 100_000_000  # safetensors itself reads no longer one
 _WIDTHS: Final = (1, 2, 4, 8)
 
 
@@ -89,7 +89,7 @@ def read_header(file: BinaryIO) -> bytes:
         ValueError: the file is shorter than that.
     """
     length = int.from_bytes(file.read(LENGTH_BYTES), "little")
-    header = file.read(length) if length <= _LONGEST_HEADER else b""
+    header = file.read(length) if length <= LONGEST_HEADER else b""
     if not length or len(header) != length:
         raise ValueError("the header is not whole")
     return header

@@ -33,7 +33,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from prufed_cli.progress import Task
-    from prufed_plugins.api import NestedPruner, NestedSurveyingPruner, Progress, SurveyingPruner
+    from prufed_plugins.api import (
+        CheckingPruner,
+        NestedPruner,
+        NestedSurveyingPruner,
+        Progress,
+        SurveyingPruner,
+    )
     from prufed_registry import Artifact
 
 _MAPPED: Final = 2**20
@@ -93,6 +99,9 @@ def _open(job: Job) -> tuple[Skeleton, StreamedDecoder]:
     decoder = StreamedDecoder(skeleton, job.dtype, options.device, Activations())
     if job.pruner.result == "masked":
         _check_dtype(job, skeleton, decoder)
+    if hasattr(job.pruner, "check"):
+        targets = [made.target for made in job.made]
+        cast("CheckingPruner", job.pruner).check(decoder, targets)
     return skeleton, decoder
 
 

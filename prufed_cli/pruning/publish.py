@@ -55,6 +55,7 @@ class Outcome:
         tensors: where each of its tensors is now, by the name it will be stored under.
         masks: where each packed mask is now.
         mask_shapes: the shape of each mask.
+        stored_names: what tensors that have a mask are stored as, where it is not the mask's name.
         details: facts for the manifest.
         report: what is stored as the report.
         seconds: time spent on each matrix.
@@ -64,6 +65,7 @@ class Outcome:
     tensors: Mapping[str, StoredTensor]
     masks: Mapping[str, StoredTensor]
     mask_shapes: Mapping[str, Sequence[int]]
+    stored_names: Mapping[str, str]
     details: dict[str, Any]
     report: dict[str, Any]
     seconds: Mapping[str, float]
@@ -106,7 +108,9 @@ def masked_outcome(job: Job, skeleton: Skeleton, work: Work, made: int) -> Outco
     stable = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
     seconds = {row["name"]: round(row["seconds"], 3) for row in rows if "seconds" in row}
     report = {"result": "masked", "matrices": stable}
-    return Outcome(skeleton.model, tensors, masks, shapes, details, report, seconds)
+    saved = {name: skeleton.saved_name(name) for name in masks}
+    others = {name: other for name, other in saved.items() if name != other}
+    return Outcome(skeleton.model, tensors, masks, shapes, others, details, report, seconds)
 
 
 def sliced_outcome(job: Job, skeleton: Skeleton, result: KeptLayers) -> Outcome:
@@ -130,12 +134,16 @@ def sliced_outcome(job: Job, skeleton: Skeleton, result: KeptLayers) -> Outcome:
             tensors[local] = stored
     masks: dict[str, StoredTensor] = {}
     shapes: dict[str, Sequence[int]] = {}
+    others: dict[str, str] = {}
     if (job.base.path / MASKS_FILE).is_file():
         packed = stored_tensors(job.base.path / MASKS_FILE)
         for name, shape in MaskFile(job.base.path / MASKS_FILE).shapes.items():
             local = to_local(name, result.layers)
             if local is not None:
                 masks[local], shapes[local] = packed[name], shape
+                other = to_local(skeleton.saved_name(name), result.layers)
+                if other is not None and other != local:
+                    others[local] = other
     details: dict[str, Any] = {
         "result": "sliced",
         "sparsity": round(1 - len(result.layers) / before, 6),
@@ -145,7 +153,7 @@ def sliced_outcome(job: Job, skeleton: Skeleton, result: KeptLayers) -> Outcome:
     report: dict[str, Any] = {"result": "sliced", "kept_layers": list(result.layers)}
     if result.scores is not None:
         report["scores"] = list(result.scores)
-    return Outcome(model, tensors, masks, shapes, details, report, {})
+    return Outcome(model, tensors, masks, shapes, others, details, report, {})
 
 
 def _check_blocks(
@@ -277,7 +285,8 @@ def _write_configuration(directory: Path, model: PreTrainedModel, dtype: str) ->
 
 def _write_masks(path: Path, outcome: Outcome) -> None:
     specs = {name: Spec(one.dtype, one.shape) for name, one in outcome.masks.items()}
-    with TensorWriter(path, specs, mask_metadata(outcome.mask_shapes)) as out:
+    metadata = mask_metadata(outcome.mask_shapes, outcome.stored_names)
+    with TensorWriter(path, specs, metadata) as out:
         for name, packed in outcome.masks.items():
             out.copy(name, packed)
 

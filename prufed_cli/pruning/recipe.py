@@ -91,7 +91,7 @@ def full_recipe(
             "seed": request.seed,
         }
     if text is not None:
-        recipe["perplexity"] = {"file": text.path.name, "digest": text.digest}
+        recipe["perplexity"] = {"file": text.name, "digest": text.digest}
     return recipe
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, Final
 
 from prufed_cli.errors import USAGE, PrufedError
 
 if TYPE_CHECKING:
     from prufed_plugins.api import Pruner, PruneTarget
+
+_DIGITS: Final = 9
+"""Of a pattern's numbers, at most; no matrix has so many columns."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,8 @@ def at_sparsities(request: PruneRequest, sparsities: Sequence[float]) -> list[Pr
 
 def percent(sparsity: float) -> str:
     """Return a sparsity as it stands in names: ``75``, ``12_5``."""
-    return f"{sparsity * 100:g}".replace(".", "_")
+    whole, _, part = f"{Decimal(repr(float(sparsity))) * 100:f}".partition(".")
+    return f"{whole}_{part.rstrip('0')}".rstrip("_")
 
 
 def parse_sparsities(text: str) -> list[float]:
@@ -75,7 +80,7 @@ def parse_sparsities(text: str) -> list[float]:
     found: list[float] = []
     for part in text.split(","):
         try:
-            found.append(float(part))
+            found.append(float(part) + 0.0)  # −0 is 0
         except ValueError:
             raise PrufedError(
                 f"--sparsity {part.strip()!r} is no number", "for example --sparsity 0.5", USAGE
@@ -119,7 +124,7 @@ def parse_target(request: PruneRequest) -> PruneTarget:
 def parse_pattern(text: str) -> tuple[int, int]:
     """Return (n, m) of ``n:m``: n of every m consecutive inputs are removed."""
     parts = text.split(":")
-    if len(parts) == 2 and all(part.isdecimal() for part in parts):
+    if len(parts) == 2 and all(part.isdecimal() and len(part) <= _DIGITS for part in parts):
         n, m = int(parts[0]), int(parts[1])
         if 0 < n < m:
             return n, m

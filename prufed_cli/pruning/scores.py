@@ -69,7 +69,7 @@ def streamed_perplexity(
     budget = available_memory() if options.max_memory is None else options.max_memory
     if held + scoring_bytes(skeleton, decoder, width) > budget:
         decoder.hold_in(spill)
-    with reporter.task(f"perplexity on {text.file.path.name}", total=len(decoder.blocks)) as task:
+    with reporter.task(f"perplexity on {text.file.name}", total=len(decoder.blocks)) as task:
         inputs = [batch[:, :-1] for batch in batches]
         states = decoder.embed(inputs)
         with torch.no_grad():
@@ -87,7 +87,7 @@ def perplexity_report(text: TextFile, base: Perplexity, pruned: Perplexity) -> d
     """Return what the report of a sub-model says about a text."""
     return {
         "perplexity": {
-            "file": text.path.name,
+            "file": text.name,
             "tokens": base.tokens,
             "base": _finite(base.value),
             "pruned": _finite(pruned.value),

@@ -155,7 +155,7 @@ def _job(requests: Sequence[PruneRequest], options: PruneOptions) -> Job:
     method = method_recipe(first, reporter)
     device = choose_device(options.get("device", "auto"))
     chosen = choose_dtype(options.get("dtype", "auto"), device)
-    text = read_text(Path(first.perplexity)) if first.perplexity else None
+    text = None if first.perplexity is None else read_text(Path(first.perplexity))
     registry = options.get("registry") or open_registry()
     base = find_base(first.base, registry, reporter)
     reporter.note(f"base {base.ref}")
@@ -250,7 +250,7 @@ def _calibration(
     options: PruneOptions,
     reporter: Reporter,
 ) -> Calibration | None:
-    from prufed_cli.models.base import load_tokenizer, positions_of
+    from prufed_cli.models.base import check_configuration, load_tokenizer, positions_of
     from prufed_cli.models.calibration import LONGEST, calibration_batches
 
     if not pruner.needs_calibration:
@@ -266,15 +266,20 @@ def _calibration(
             f"use --length {positions} or less",
             USAGE,
         )
+    trust = options.get("trust_remote_code", False)
+    check_configuration(base, trust_remote_code=trust)  # a tokenizer's errors would speak of itself
     with reporter.task("read calibration text"):
-        return calibration_batches(
+        found = calibration_batches(
             request.calibration,
-            load_tokenizer(base, trust_remote_code=options.get("trust_remote_code", False)),
+            load_tokenizer(base, trust_remote_code=trust),
             samples=request.samples,
             length=request.length,
             longest=min(positions or LONGEST, LONGEST),
             seed=request.seed,
         )
+    if (sequences := sum(map(len, found.batches))) < request.samples:
+        reporter.note(f"the calibration text gives {sequences} of {request.samples} sequences")
+    return found
 
 
 def _known(job: Job, made: Made) -> Artifact | None:

@@ -107,6 +107,7 @@ def _checksum(payload: Mapping[str, Any]) -> str:
 
 def _dumps(what: str, value: object, separators: tuple[str, str] | None = None) -> str:
     try:
+        json.dumps(value, ensure_ascii=False).encode()  # no half of a surrogate pair reads back
         return json.dumps(value, sort_keys=True, allow_nan=False, separators=separators)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequest(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from prufed_registry import names
-from prufed_registry.digests import FileEntry, Parent, content_digest, fingerprint
+from prufed_registry.digests import MANIFEST, FileEntry, Parent, content_digest, fingerprint
 from prufed_registry.errors import Damaged
 
 
@@ -32,7 +32,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    layout: int
+    layout: int = Field(ge=1)
     name: str
     kind: str
     files: dict[str, FileEntry]
@@ -53,6 +53,8 @@ class Manifest(BaseModel):
         if self.kind not in names.KINDS:
             raise ValueError(f"{self.kind!r} is not a kind of artifact")
         for path in self.files:
+            if path == MANIFEST:
+                raise ValueError("it lists itself among the files")
             if not names.is_safe_path(path):
                 raise ValueError(f"{path!r} does not stay inside the artifact")
         if self.digest != content_digest(self.files):

@@ -16,6 +16,7 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _DIGEST_PREFIX = re.compile(r"sha256:[0-9a-f]{6,64}")
 # Control characters would break the digest's lines; lone surrogates are names that are not UTF-8.
 _UNSAFE = re.compile("[\x00-\x1f\x7f\\\\\ud800-\udfff]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _NAME_HINT = (
     "use 2 to 96 of a-z, 0-9, '.', '_' and '-', with a letter or a digit at both ends; "
     "'latest' and v1, v2, ... are reserved"
@@ -122,3 +123,8 @@ def slug(text: str) -> str:
     name = re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("._-")[:96].rstrip("._-")
     check_name(name)
     return name
+
+
+def readable(text: str) -> str:
+    """Return a file's name as text that can be stored: what is not UTF-8 in it is replaced."""
+    return _SURROGATE.sub("\ufffd", text)

@@ -28,7 +28,7 @@ def new_directory(directory: Path) -> Iterator[Path]:
     """
     from filelock import FileLock, Timeout
 
-    directory = directory.absolute()
+    directory = directory.resolve()  # what a link leads to: nothing can be renamed onto a link
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InvalidRequest(f"{directory} exists and is not empty", "name a new directory")
     with storage_errors(f"write {directory}", outside=True):

@@ -211,6 +211,17 @@ class Registry:
         located = [self._locate(parse_reference(reference)) for reference in references]
         return verify.check_versions(self._layout, located)
 
+    def check_outside(self, directory: Path) -> None:
+        """Refuse a directory of the registry's own, but for those that are being staged.
+
+        Raises:
+            InvalidRequest: it lies in the registry.
+        """
+        place = directory.resolve()
+        staged = place.is_relative_to(self._layout.staging.resolve())
+        if place.is_relative_to(self.root.resolve()) and not staged:
+            raise InvalidRequest(f"{directory} lies in the registry", "choose a place outside it")
+
     def export(
         self,
         reference: str,
@@ -230,6 +241,10 @@ class Registry:
 
         Returns:
             The directory.
+
+        Raises:
+            InvalidRequest: it holds something.
+            Damaged: the artifact's bytes are not what was published.
         """
         from prufed_registry.transfer import export
 

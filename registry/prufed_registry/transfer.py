@@ -140,7 +140,7 @@ def _import_model(
             digest = content_digest(staging.seal())
         known = _known(registry, name, digest, import_fingerprint(digest, kind))
         return known or staging.publish(
-            name, kind, recipe=_import_recipe(digest), details={"source": source}
+            name, kind, recipe=_import_recipe(digest), details={"source": names.readable(source)}
         )
 
 

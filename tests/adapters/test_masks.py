@@ -195,8 +195,8 @@ def test_digests_tell_names_shapes_and_entries_apart() -> None:
     assert len({digest({"a": mask}), *map(digest, others)}) == 6
 
 
-def _stated(shapes: object, layout: object = 1) -> dict[str, str]:
-    return {METADATA_KEY: json.dumps({"layout": layout, "shapes": shapes})}
+def _stated(shapes: object, layout: object = 1, **more: object) -> dict[str, str]:
+    return {METADATA_KEY: json.dumps({"layout": layout, "shapes": shapes, **more})}
 
 
 @pytest.mark.parametrize(
@@ -209,6 +209,10 @@ def _stated(shapes: object, layout: object = 1) -> dict[str, str]:
         (_stated({"a": [-8]}), "unreadable metadata"),
         (_stated({"a": "8"}), "unreadable metadata"),
         (_stated([8]), "unreadable metadata"),
+        (_stated({"a": [8]}, stored=["b"]), "unreadable metadata"),
+        (_stated({"a": [8]}, stored={"b": "c"}), "unreadable metadata"),
+        (_stated({"a": [8]}, stored={"a": 1}), "unreadable metadata"),
+        (_stated({"a": [8], "b": [8]}, stored={"a": "b"}), "unreadable metadata"),
         (_stated({"a": [8]}, layout=2), "layout 2"),
         (_stated({"a": [8], "b": [8]}), "differ in b"),
         (_stated({}), "differ in a"),

@@ -210,12 +210,40 @@ def test_quantized_and_sparse_checkpoints_are_no_bases(
     nothing_made()
 
 
+PACKED_MATRICES = [
+    (stored("qweight", torch.zeros(8, 32, dtype=torch.int32)), "up_proj.qweight, part of a quant"),
+    (stored("weight_packed", torch.zeros(64, 4, dtype=torch.int32)), "up_proj.weight_packed"),
+    (stored("W_q", torch.zeros(64, 4, dtype=torch.uint8)), "up_proj.W_q, part of a quantized"),
+    (stored("bitmask", torch.zeros(64, 4, dtype=torch.uint8)), "up_proj.bitmask, part of a sparse"),
+    (stored("weight.crow_indices", torch.zeros(65, dtype=torch.int64)), "part of a sparse format"),
+]
+
+
+@pytest.mark.parametrize("verb", ["prune", "import"])
+@pytest.mark.parametrize(("change", "words"), PACKED_MATRICES)
+def test_matrices_that_transformers_would_pass_over_are_not_imported(
+    prufed: Call,
+    nothing_made: Call,
+    base_directory: Path,
+    tmp_path: Path,
+    change: Callable[[Path], None],
+    words: str,
+    verb: str,
+) -> None:
+    directory = tmp_path / "tiny"
+    shutil.copytree(base_directory, directory)
+    change(directory)
+    wanted = {
+        "prune": ["--base", directory, "--method", "magnitude", "--sparsity", "0.5"],
+        "import": [directory],
+    }
+    prufed(verb, *wanted[verb]).refused(2, words, "replace with random weights")
+    nothing_made()
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (stored("qweight", torch.zeros(8, 32, dtype=torch.int32)), "up_proj.qweight, part of a q"),
-        (stored("weight_packed", torch.zeros(64, 4, dtype=torch.int32)), "up_proj.weight_packed"),
-        (stored("weight.bitmask", torch.zeros(64, 4, dtype=torch.uint8)), "weight.bitmask, part"),
         (stored("weight", WHOLE.to(torch.int8)), "up_proj.weight is stored as I8"),
         (stored("weight", WHOLE.to(torch.float8_e4m3fn)), "up_proj.weight is stored as F8_E4M3"),
     ],
@@ -224,6 +252,7 @@ def test_packed_matrices_are_seen_whatever_the_configuration_says(
     prufed: Call,
     nothing_made: Call,
     base_directory: Path,
+    calibration_file: Path,
     tmp_path: Path,
     change: Callable[[Path], None],
     words: str,
@@ -234,6 +263,8 @@ def test_packed_matrices_are_seen_whatever_the_configuration_says(
     wanted = ("--base", directory, "--method", "magnitude", "--sparsity", "0.5")
     prufed("prune", *wanted).refused(2, "cannot be a base", words)
     nothing_made("tiny@v1")
+    scored = prufed("eval", "tiny@v1", "--perplexity", calibration_file, "--device", "cpu")
+    scored.refused(2, "cannot be a base", words)
 
 
 def test_bytes_that_changed_after_publishing(prufed: Call, base_directory: Path) -> None:

@@ -18,9 +18,13 @@ from transformers import (
 )
 
 from prufed_cli.errors import PrufedError
+from prufed_cli.exporting import export_packed
+from prufed_cli.importing import import_directory
 from prufed_cli.models.base import MASKS_FILE
+from prufed_cli.packing.directories import PACKED
+from prufed_cli.packing.files import read_packed
 from prufed_cli.pruning import PruneRequest, PruneResult, prune
-from prufed_plugins.masks import load_masks
+from prufed_plugins.masks import MaskFile, load_masks
 from tests.pruners.conftest import SHAPE, make_model
 
 Save = Callable[..., Path]
@@ -95,6 +99,29 @@ def test_a_vision_tower_as_deep_as_the_decoder_is_not_pruned(
     pruned = {row["name"] for row in made.report["matrices"]}
     assert len(pruned) == 4 * 7
     assert all("language_model" in name for name in pruned)
+
+
+def test_masks_of_tensors_that_are_stored_under_other_names_are_packed_with(
+    saved: Save, tmp_path: Path
+) -> None:
+    """Gemma 3 with a vision tower: the model's names of its matrices are not the checkpoint's."""
+    base = saved(seeing(vision_layers=3))
+    wanted = PruneRequest(base=str(base), method="magnitude", sparsity=0.75)
+    pruned = prune(wanted, device="cpu").artifact
+    dropped = PruneRequest(base=pruned.ref, method="top", layers=1)
+    for number, artifact in enumerate((pruned, prune(dropped, device="cpu").artifact)):
+        masks = MaskFile(artifact.path / MASKS_FILE)
+        stored = load_file(artifact.path / "model.safetensors")
+        assert not masks.shapes.keys() <= stored.keys()
+        assert masks.as_stored().keys() <= stored.keys()
+        for name, mask in masks.as_stored().items():
+            assert torch.equal(stored[name] != 0, mask)
+        packed = tmp_path / f"packed-{number}"
+        export_packed(artifact.ref, packed)
+        stated = read_packed(packed / PACKED / "model.safetensors")
+        encodings = {kind for name in masks.as_stored() for kind, _ in stated.tensors[name]}
+        assert encodings <= {"masked", "masked-zstd"}
+        assert import_directory(packed, name="back").digest == artifact.digest
 
 
 def test_lists_whose_names_do_not_speak_of_layers(saved: Save) -> None:

@@ -177,6 +177,22 @@ def test_an_exported_adapter_comes_back_as_the_version_it_is(registry, adapter, 
     assert registry.import_directory(target, "other").ref == "other@v1"
 
 
+def test_what_a_link_leads_to_is_written(registry, publish, tmp_path):
+    publish()
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    registry.export("tiny", tmp_path / "link")
+    assert (tmp_path / "real" / "prufed.json").exists()
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_places_in_the_registry_are_known(registry, tmp_path):
+    for inside in (registry.root, registry.root / "artifacts" / "zz", registry.root / "blobs"):
+        with pytest.raises(InvalidRequest, match="lies in the registry"):
+            registry.check_outside(inside)
+    registry.check_outside(tmp_path / "out")
+
+
 def test_two_processes_do_not_write_one_directory(registry, publish, tmp_path):
     publish()
     with new_directory(tmp_path / "out") as partial:
@@ -202,6 +218,20 @@ def test_two_processes_do_not_write_one_directory(registry, publish, tmp_path):
             ),
             InvalidRequest,
             "sparse format 'sparse-bitmask'",
+        ),
+        (
+            lambda d: (d / "config.json").write_text(
+                '{"sparsity_config": {"format": "sparse-bitmask"}}'
+            ),
+            InvalidRequest,
+            "sparse format 'sparse-bitmask'",
+        ),
+        (
+            lambda d: (d / "config.json").write_text(
+                '{"text_config": {"compression_config": {"sparsity_config": {"format": "24"}}}}'
+            ),
+            InvalidRequest,
+            "sparse format '24'",
         ),
         (lambda d: (d / "model.safetensors").unlink(), InvalidRequest, "no safetensors"),
         (lambda d: (d / "model.safetensors").write_bytes(b""), Damaged, "not a whole"),

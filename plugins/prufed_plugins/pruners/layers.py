@@ -62,6 +62,16 @@ class LayerPruner:
     def __init__(self, params: LayerDropParams) -> None:
         self._params = params
 
+    def check(self, decoder: Decoder, targets: Sequence[PruneTarget]) -> None:
+        """Refuse what cannot be met, without looking at a weight.
+
+        Raises:
+            MethodError: so many layers cannot be dropped.
+        """
+        for target in targets:
+            layers = len(decoder.blocks)
+            check_count(layers, self.count(layers, target))
+
     def prune(
         self,
         decoder: Decoder,
@@ -104,6 +114,17 @@ class PositionalLayerPruner(LayerPruner):
     def __init__(self, params: LayerDropParams, strategy: Strategy) -> None:
         super().__init__(params)
         self._strategy = strategy
+
+    def check(self, decoder: Decoder, targets: Sequence[PruneTarget]) -> None:
+        """Refuse what cannot be met, without looking at a weight.
+
+        Raises:
+            MethodError: so many layers cannot be dropped, or not by this strategy.
+        """
+        super().check(decoder, targets)
+        for target in targets:
+            layers = len(decoder.blocks)
+            self._strategy(layers, self.count(layers, target))
 
     def choose(self, subject: Subject, count: int) -> Dropped:
         """Return what the strategy drops."""

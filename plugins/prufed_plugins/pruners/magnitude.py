@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import torch
 
+from prufed_plugins.errors import MethodError
 from prufed_plugins.pruners.matrices import Choice, float_matrix
 from prufed_plugins.pruners.selection import (
     at_most_threshold,
@@ -53,6 +54,19 @@ class Magnitude(ElementPruner["InputNorms"]):
     ) -> Choice:
         """Return what goes of one matrix; see :func:`choose`."""
         return Choice(choose(weight, target, self._group, self._params.threshold, forced))
+
+    def check(self, decoder: Decoder, targets: Sequence[PruneTarget]) -> None:
+        """Refuse what cannot be met; see :meth:`ElementPruner.check`.
+
+        Raises:
+            MethodError: as there, and a pattern for other groups than its own.
+        """
+        super().check(decoder, targets)
+        if self._group != "layer" and any(target.pattern for target in targets):
+            raise MethodError(
+                f"group {self._group} is for a sparsity; a pattern has groups of its own",
+                "leave group out, or pass --sparsity",
+            )
 
     def _vary(
         self,

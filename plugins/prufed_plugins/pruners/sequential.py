@@ -147,7 +147,7 @@ class ElementPruner(Generic[S]):
         Raises:
             MethodError: as :meth:`prune`.
         """
-        names = self._check(decoder, targets)
+        names = self._chosen(decoder, targets)
         return self._surveyed(decoder, calibration, names, targets, progress)
 
     def statistic_bytes(self, columns: int) -> int:
@@ -163,7 +163,7 @@ class ElementPruner(Generic[S]):
         *,
         dense: bool,
     ) -> Iterator[tuple[PrunedMatrix, ...]]:
-        names = self._check(decoder, targets)
+        names = self._chosen(decoder, targets)
         targets = self._surveyed(decoder, calibration, names, targets, progress)
         total = len(decoder.blocks)
         last = max(index for index in range(total) if names & decoder.shapes(index).keys())
@@ -240,7 +240,15 @@ class ElementPruner(Generic[S]):
             forced = choice.pruned
         return tuple(results)
 
-    def _check(self, decoder: Decoder, targets: Sequence[PruneTarget]) -> frozenset[str]:
+    def check(self, decoder: Decoder, targets: Sequence[PruneTarget]) -> None:
+        """Refuse what cannot be met, without looking at a weight.
+
+        Raises:
+            MethodError: a target that cannot be met, or a pattern that matches no matrix.
+        """
+        self._chosen(decoder, targets)
+
+    def _chosen(self, decoder: Decoder, targets: Sequence[PruneTarget]) -> frozenset[str]:
         """Return the names of the matrices to prune, once every target can be met on them."""
         names = selected(decoder, self._params.include, self._params.exclude)
         for target in targets:
