@@ -241,6 +241,9 @@ class Pruner(Protocol):
     Attributes:
         result: ``masked`` yields :class:`PrunedMatrix`, ``sliced`` yields one :class:`KeptLayers`.
         needs_calibration: whether ``calibration`` must be given.
+
+    A pruner of layers that looks at no matrices may say ``needs_matrices = False``: it is then
+    given models whose blocks hold more than linear modules, such as state-space layers.
     """
 
     result: Literal["masked", "sliced"]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prufed_cli.errors import USAGE, PrufedError
+from prufed_cli.models.base import first_line
 from prufed_cli.models.experts import router_names
 
 if TYPE_CHECKING:
@@ -38,8 +39,7 @@ def find_stack(model: PreTrainedModel) -> str:
     It is looked for in the model's text decoder first, as a vision tower may be as deep.
 
     Raises:
-        PrufedError: the model is no decoder, or its blocks hold matrices that are not linear
-            modules (experts that cannot be unfused, state-space layers, quantized weights).
+        PrufedError: the model is no decoder, or has no such stack.
     """
     from torch import nn
 
@@ -47,6 +47,8 @@ def find_stack(model: PreTrainedModel) -> str:
     config = model.config.get_text_config()
     if config.is_encoder_decoder:
         raise _unsupported(name, "it is an encoder-decoder")
+    if any(stored.endswith("ForMaskedLM") for stored in config.architectures or ()):
+        raise _unsupported(name, f"it is stored as a {config.architectures[0]}, an encoder")
     decoder = model.get_decoder()
     inside = next((path for path, module in model.named_modules() if module is decoder), "")
     path: str
@@ -54,10 +56,20 @@ def find_stack(model: PreTrainedModel) -> str:
         if not isinstance(module, nn.ModuleList) or len(module) != config.num_hidden_layers:
             continue
         if len({type(block) for block in module}) == 1 and linears_of(module[0], ""):
-            for index, block in enumerate(module):
-                _check_matrices(name, f"{path}.{index}", block)
             return path
     raise _unsupported(name, f"no list of {config.num_hidden_layers} equal decoder blocks is in it")
+
+
+def check_matrices(model: PreTrainedModel, prefix: str) -> None:
+    """Refuse blocks whose matrices are not all linear modules.
+
+    Experts that cannot be unfused, state-space layers and quantized weights are none.
+
+    Raises:
+        PrufedError: as said, with the first such parameter.
+    """
+    for index, block in enumerate(stack_of(model, prefix)):
+        _check_matrices(type(model).__name__, f"{prefix}.{index}", block)
 
 
 def _check_matrices(architecture: str, path: str, block: nn.Module) -> None:
@@ -113,11 +125,24 @@ def stack_of(model: PreTrainedModel, prefix: str) -> nn.ModuleList:
 
 
 def run_stack(model: PreTrainedModel, batch: Tensor) -> None:
-    """Run the model below its language-model head, whose logits nobody needs."""
+    """Run the model below its language-model head, whose logits nobody needs.
+
+    Raises:
+        PrufedError: it has no positions for so many tokens, or looks up tokens of its own.
+    """
     import torch
 
-    with torch.no_grad():
-        model.base_model(input_ids=batch, use_cache=False)
+    try:
+        with torch.no_grad():
+            model.base_model(input_ids=batch, use_cache=False)
+    except (IndexError, RuntimeError) as error:
+        if "out of" not in str(error) or "memory" in str(error):
+            raise
+        raise PrufedError(  # RoBERTa's first positions are for padding, CPM-Ant adds a prompt
+            f"{type(model).__name__} cannot embed sequences of {batch.shape[1]} tokens, "
+            f"whatever its configuration says: {first_line(error)}",
+            "use a shorter --length, or a method that runs no text, such as magnitude",
+        ) from error
 
 
 def first_inputs(
@@ -135,8 +160,7 @@ def first_inputs(
         items: how many things its blocks return in a tuple; 0 where it is the output alone.
 
     Raises:
-        PrufedError: the blocks are not called once each, or the model has no positions for so many
-            tokens.
+        PrufedError: the blocks are not called once each, or as :func:`run_stack`.
     """
     calls: list[BlockCall] = []
     first: list[Tensor] = []
@@ -148,16 +172,7 @@ def first_inputs(
         return returned(hidden, items)
 
     with replaced_forwards(blocks, record):
-        try:
-            run_stack(model, batch)
-        except (IndexError, RuntimeError) as error:
-            if "out of" not in str(error) or "memory" in str(error):
-                raise
-            raise PrufedError(  # RoBERTa's first positions are for padding
-                f"{type(model).__name__} has no positions for {batch.shape[1]} tokens, whatever "
-                "its configuration says",
-                "use a shorter --length, or leave --perplexity out",
-            ) from error
+        run_stack(model, batch)
     if len(calls) != len(blocks):
         raise _unsupported(
             type(model).__name__, f"its {len(blocks)} blocks are called {len(calls)} times"

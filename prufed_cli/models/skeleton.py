@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from prufed_cli.errors import PrufedError
 from prufed_cli.models.base import check_complete, first_line, opening_errors, quiet_transformers
 from prufed_cli.models.checkpoint import find_tensors, refuse_packed_matrices
-from prufed_cli.models.decoder import find_stack
+from prufed_cli.models.decoder import check_matrices, find_stack
 from prufed_cli.models.experts import unfuse_experts
 
 if TYPE_CHECKING:
@@ -86,7 +86,9 @@ def open_skeleton(
         if found.shape != expected[name]
     ]
     missing = [name for name in expected if name not in stored and name not in tied]
-    check_complete(ref, wrong, _needed(model, missing))
+    if missing := _needed(model, missing):
+        check_matrices(model, prefix)  # what cannot be told apart on disk is not missing there
+    check_complete(ref, wrong, missing)
     model.eval().requires_grad_(False)
     return Skeleton(model, prefix, stored, tied)
 

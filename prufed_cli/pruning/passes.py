@@ -16,6 +16,7 @@ from prufed_cli.errors import USAGE, Interrupted, PrufedError
 from prufed_cli.evaluation.perplexity import Perplexity, check_token_ids
 from prufed_cli.models.activations import Activations
 from prufed_cli.models.base import base_masks, share_cores
+from prufed_cli.models.decoder import check_matrices
 from prufed_cli.models.skeleton import Skeleton, open_skeleton
 from prufed_cli.models.streaming import StreamedDecoder
 from prufed_cli.pruning.blocks import BlockStore
@@ -99,6 +100,8 @@ def _open(job: Job) -> tuple[Skeleton, StreamedDecoder]:
     decoder = StreamedDecoder(skeleton, job.dtype, options.device, Activations())
     if job.pruner.result == "masked":
         _check_dtype(job, skeleton, decoder)
+    if getattr(job.pruner, "needs_matrices", True):
+        check_matrices(skeleton.model, skeleton.prefix)
     if hasattr(job.pruner, "check"):
         targets = [made.target for made in job.made]
         cast("CheckingPruner", job.pruner).check(decoder, targets)

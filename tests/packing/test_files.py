@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -164,3 +164,26 @@ def test_sizes_of_a_pruned_matrix(tmp_path: Path, sparsity: float, limit: float)
     values = round_trip(dense, {"weight": mask}).stat().st_size
     masks = round_trip(tmp_path / "masks").stat().st_size
     assert (values + masks) / dense.stat().st_size <= limit
+
+
+class Claimed(Mapping[str, Tensor]):
+    """Masks that must not be unpacked, of the shapes they state."""
+
+    shapes: Mapping[str, list[int]] = {"a": [2**40]}
+
+    def __getitem__(self, name: str) -> Tensor:
+        raise AssertionError("a mask of another shape is unpacked")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def test_a_mask_of_another_shape_is_not_unpacked(tmp_path: Path) -> None:
+    """A few bytes can state a mask of any size."""
+    source = tmp_path / "source.safetensors"
+    save_file({"a": torch.randn(4, 4)}, source)
+    packed = round_trip(source, Claimed())
+    assert "masked" not in encodings(packed, "a")

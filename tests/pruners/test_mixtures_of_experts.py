@@ -19,6 +19,7 @@ from prufed_cli.errors import PrufedError
 from prufed_cli.home import open_registry
 from prufed_cli.main import main
 from prufed_cli.models.base import MASKS_FILE
+from prufed_cli.models.decoder import check_matrices
 from prufed_cli.models.experts import SUPPORTED, Experts, router_names, unfuse_experts
 from prufed_plugins.api import PruneTarget
 from prufed_plugins.discover import build
@@ -253,10 +254,10 @@ def check_opens(sliced: Any, ids: Tensor, directory: Path) -> None:
 
 def test_experts_that_cannot_be_unfused_are_refused_by_name() -> None:
     config = transformers.GraniteMoeConfig(**SHAPE, num_local_experts=4)
-    with pytest.raises(
-        PrufedError, match=r"cannot prune a GraniteMoeForCausalLM: .* linear module"
-    ):
-        open_decoder(AutoModelForCausalLM.from_config(config))
+    model = AutoModelForCausalLM.from_config(config)
+    prefix = open_decoder(model).prefix
+    with pytest.raises(PrufedError, match=r"cannot prune a GraniteMoe.* linear module"):
+        check_matrices(model, prefix)
 
 
 # --- the command line ----------------------------------------------------------------------------

@@ -11,10 +11,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
     DiffLlamaConfig,
     Gemma3Config,
+    GptOssConfig,
+    GraniteMoeConfig,
     HunYuanMoEV1Config,
     LlamaConfig,
+    MambaConfig,
+    xLSTMConfig,
 )
 
 from prufed_cli.errors import PrufedError
@@ -201,3 +207,79 @@ def test_what_is_pruned_stays_pruned(
         zeros += int((~mask).sum())
         total += mask.numel()
     assert second.manifest.details["sparsity"] == pytest.approx(zeros / total, abs=1e-6)
+
+
+def plain(**more: Any) -> dict[str, Any]:
+    return SHAPE | {"num_hidden_layers": 4} | more
+
+
+OTHER_BLOCKS: dict[str, Callable[[], Any]] = {
+    "experts that stay fused": lambda: GptOssConfig(
+        **plain(head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=8)
+    ),
+    "routers of their own": lambda: GraniteMoeConfig(
+        **plain(num_local_experts=4, num_experts_per_tok=2)
+    ),
+    "state spaces": lambda: MambaConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=4, state_size=8, pad_token_id=0
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", OTHER_BLOCKS)
+def test_layers_are_dropped_whatever_they_hold(kind: str, saved: Save, text: Path) -> None:
+    torch.manual_seed(0)
+    whole = AutoModelForCausalLM.from_config(OTHER_BLOCKS[kind]()).eval()
+    base = saved(whole)
+    ids = torch.arange(1, 21)[None]
+    for method in ("symmetric", "contribution"):
+        wanted = PruneRequest(
+            base=str(base), method=method, layers=1, calibration=str(text), samples=4, length=24
+        )
+        made = prune(wanted, device="cpu")
+        sliced, loading = AutoModelForCausalLM.from_pretrained(
+            made.artifact.path, output_loading_info=True
+        )
+        assert not any(loading[key] for key in ("missing_keys", "unexpected_keys"))
+        kept = made.report["kept_layers"]
+        reference = AutoModelForCausalLM.from_pretrained(base)
+        gone = next(layer for layer in range(4) if layer not in kept)
+        del reference.base_model.layers[gone]
+        reference.config.num_hidden_layers = 3
+        types = getattr(reference.config, "layer_types", [])
+        if len(types) == 4:  # which mask is whose
+            del types[gone]
+        torch.testing.assert_close(
+            sliced(input_ids=ids, use_cache=False).logits,
+            reference(input_ids=ids, use_cache=False).logits,
+        )
+    with pytest.raises(PrufedError, match="is not a linear module's weight"):
+        prune(PruneRequest(base=str(base), method="magnitude", sparsity=0.5), device="cpu")
+    with pytest.raises(PrufedError, match="is not a linear module's weight"):
+        prune(PruneRequest(base=str(base), method="magnitude-layers", layers=1), device="cpu")
+
+
+def test_a_configuration_that_counts_layers_twice_is_refused(saved: Save, text: Path) -> None:
+    """xLSTM builds as many blocks as ``num_blocks`` says: one of four would be random."""
+    config = xLSTMConfig(
+        vocab_size=97, hidden_size=32, num_heads=4, num_blocks=4, num_hidden_layers=4,
+        chunkwise_kernel="chunkwise--native_autograd", sequence_kernel="native_sequence__native",
+        step_kernel="native",
+    )  # fmt: skip
+    base = saved(AutoModelForCausalLM.from_config(config).eval())
+    for method in ("top", "contribution"):
+        wanted = PruneRequest(
+            base=str(base), method=method, layers=1, calibration=str(text), samples=4, length=24
+        )
+        with pytest.raises(PrufedError, match="still speaks of 4 layers where 3 are left"):
+            prune(wanted, device="cpu")
+
+
+def test_an_encoder_is_no_decoder(saved: Save) -> None:
+    config = BertConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=4, num_attention_heads=4,
+        intermediate_size=64,
+    )  # fmt: skip
+    with pytest.raises(PrufedError, match="is stored as a BertForMaskedLM, an encoder"):
+        keep(saved(BertForMaskedLM(config)), 0, 1)

@@ -117,6 +117,33 @@ def test_a_manifest_cannot_reach_outside_its_directory(registry, publish, tmp_pa
         Registry(tmp_path / "elsewhere").import_directory(source)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda payload: payload.update(layout=0), "layout"),
+        (lambda payload: payload.update(layout=-3), "layout"),
+        (
+            lambda payload: payload["files"].update(
+                {"prufed.json": {"sha256": "0" * 64, "size": 6}}
+            ),
+            "lists itself",
+        ),
+    ],
+)
+def test_a_manifest_that_no_prufed_wrote(registry, publish, tmp_path, change, words):
+    from prufed_registry.digests import FileEntry, content_digest, render
+
+    publish()
+    source = registry.export("tiny", tmp_path / "out")
+    payload = json.loads((source / "prufed.json").read_text())
+    change(payload)
+    files = {path: FileEntry(**entry) for path, entry in payload["files"].items()}
+    payload["digest"] = content_digest(files)
+    (source / "prufed.json").write_bytes(render(payload))
+    with pytest.raises(Damaged, match=words):
+        Registry(tmp_path / "elsewhere").import_directory(source)
+
+
 def test_importing_a_model(registry, write_model, tmp_path):
     source = tmp_path / "My Model"
     write_model(source)

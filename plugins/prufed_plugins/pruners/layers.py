@@ -54,10 +54,17 @@ class Subject:
 
 
 class LayerPruner:
-    """Drops whole layers. A method says how many, where parameters and target do not, and which."""
+    """Drops whole layers. A method says how many, where parameters and target do not, and which.
+
+    Attributes:
+        result: ``sliced``.
+        needs_calibration: whether text is run through the model.
+        needs_matrices: whether every matrix of a block must be a linear module.
+    """
 
     result: Literal["sliced"] = "sliced"
     needs_calibration = False
+    needs_matrices = False
 
     def __init__(self, params: LayerDropParams) -> None:
         self._params = params

@@ -14,6 +14,8 @@ from prufed_plugins.pruners.weight_scores import mean_abs, weight_scores
 class MagnitudeLayers(ScoringLayerPruner):
     """Drops the K layers of the smallest mean |w|."""
 
+    needs_matrices = True
+
     def scores(self, subject: Subject) -> list[float]:
         """Return the mean |w| of every layer."""
         return weight_scores(subject.decoder, mean_abs, subject.progress)

@@ -30,6 +30,8 @@ SCORES: Final[Mapping[str, Score]] = {
 class Parameter(ScoringLayerPruner):
     """Drops the K layers of the lowest weight score."""
 
+    needs_matrices = True
+
     def __init__(self, params: ParameterParams) -> None:
         super().__init__(params)
         self._score = SCORES[params.score]
