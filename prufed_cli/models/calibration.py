@@ -38,6 +38,7 @@ FIELDS: Final = ("instruction", "context", "input", "response", "output")
 HINT: Final = "pass a text or JSONL file, a directory, a Hub data set, or nothing for the built-in"
 
 _ROWS: Final = frozenset({".jsonl", ".ndjson", ".json"})
+_TABLES: Final = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 _OVERLAP: Final = len(END_OF_DOCUMENT) - 1
 _PIECE: Final = 1 << 20
 _HUB_ID: Final = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
@@ -71,10 +72,10 @@ def calibration_batches(
     """Return batches of calibration sequences.
 
     Args:
-        source: a text file; a ``.jsonl`` or ``.json`` file; a local ``datasets`` directory; the id
-            of a data set on the Hub, ``id`` or ``id:configuration``; None for the embedded text.
-            Rows have a ``text``, or ``messages``, or an ``instruction``, ``context`` and
-            ``response`` (Alpaca's ``input`` and ``output``).
+        source: a text file; a ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file; a
+            local ``datasets`` directory; the id of a data set on the Hub, ``id`` or
+            ``id:configuration``; None for the embedded text. Rows have a ``text``, or ``messages``,
+            or an ``instruction``, ``context`` and ``response`` (Alpaca's ``input`` and ``output``).
         tokenizer: of the model to be pruned.
         samples: how many sequences; a short text gives fewer.
         length: tokens per sequence; None for what the tokenizer's model takes, at most ``longest``
@@ -138,9 +139,11 @@ def documents(source: str | None) -> Iterator[str]:
     if path.is_dir():
         return _directory(path)
     suffix = path.suffix.lower()
+    if path.exists() and suffix in _TABLES:
+        return _table(path, _TABLES[suffix])
     if path.exists():  # a pipe, too
         return _json_rows(path) if suffix in _ROWS else _text_file(path)
-    if suffix in _ROWS | {".txt", ".text", ".md"} or not _HUB_ID.fullmatch(source):
+    if suffix in _ROWS | _TABLES.keys() | {".txt", ".text", ".md"} or not _HUB_ID.fullmatch(source):
         raise PrufedError(f"calibration text {source} does not exist", HINT, NOT_FOUND)
     return _hub(source)
 
@@ -270,6 +273,22 @@ def _directory(path: Path) -> Iterator[str]:
         yield from _rows(rows, path.name)
     except _unreadable_data() as error:
         raise PrufedError(f"{path} is no data set: {_first_line(error)}", HINT, FAILED) from error
+
+
+def _table(path: Path, form: str) -> Iterator[str]:
+    """Yield the rows of a table with a header, in a form that ``datasets`` knows."""
+    import datasets
+
+    options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
+    try:
+        rows = datasets.load_dataset(
+            form, data_files=str(path), split="train", streaming=True, **options
+        )
+        yield from _rows(rows, path.name)
+    except _unreadable_data() as error:
+        raise PrufedError(
+            f"{path} is no {form} table: {_first_line(error)}", HINT, FAILED
+        ) from error
 
 
 def _hub(source: str) -> Iterator[str]:

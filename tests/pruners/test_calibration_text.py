@@ -120,6 +120,22 @@ def test_a_json_file_may_be_one_list_of_rows(tmp_path: Path) -> None:
     assert list(documents(str(path))) == ["w1", "w2\nw3"]
 
 
+@pytest.mark.parametrize("form", ["csv", "tsv", "parquet"])
+def test_tables_are_rows_too(tmp_path: Path, form: str) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"text": ["w1, w2", "w3"], "label": [0, 1]})
+    path = tmp_path / f"rows.{form}"
+    if form == "parquet":
+        rows.to_parquet(str(path))
+    else:
+        rows.to_csv(str(path), sep="," if form == "csv" else "\t", index=False)
+    assert list(documents(str(path))) == ["w1, w2", "w3"]
+    path.write_bytes(b"\xff\x00")
+    with pytest.raises(PrufedError, match=r"is no (csv|parquet) table"):
+        list(documents(str(path)))
+
+
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     for name, text in (("a.txt", "w1"), ("a.jsonl", '{"text": "w1"}')):
         path = tmp_path / name

@@ -322,6 +322,14 @@ def test_a_weight_that_is_not_finite_is_refused() -> None:
         prune(decoder, "parameter", {"drop": 1})
 
 
+def test_equal_states_are_no_distance_apart() -> None:
+    """In floating point the cosine of a vector with itself need not be 1."""
+    states = torch.randn(5, 7, 33, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    states[2], states[4] = states[1], states[3]
+    distances = angular_distances(states, 1)
+    assert [one == 0 for one in distances] == [False, True, False, True]
+
+
 # --- movement ------------------------------------------------------------------------------------
 
 

@@ -66,7 +66,9 @@ def angular_distances(states: Tensor, count: int) -> list[float]:
         count: K, layers to drop.
     """
     unit = torch.nn.functional.normalize(states, dim=-1)
-    cosines = (unit[: len(unit) - count] * unit[count:]).sum(dim=-1)  # (L−K+1, N)
+    before, after = unit[: len(unit) - count], unit[count:]
+    cosines = (before * after).sum(dim=-1)  # (L−K+1, N)
+    cosines.masked_fill_((before == after).all(dim=-1), 1.0)  # rounding would tell them apart
     distances: list[float] = (cosines.clamp(-1, 1).arccos() / torch.pi).mean(dim=-1).tolist()
     return distances
 
