@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, TextIO, cast
 
 from prufed_cli import __version__, interrupts
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 VERBS: Final[dict[str, dict[str, str]]] = {
     "Work": {
@@ -78,20 +78,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     _open_what_is_closed()
     interrupts.watch()
-    try:
-        code = _run(arguments)
-    except KeyboardInterrupt as interrupt:
-        return _interrupted(getattr(interrupt, "hint", None))
-    except BrokenPipeError:
-        # The reader went away (`prufed list | head`): what is left to say goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except Exception as error:
-        # Compiled code may turn the interrupt into an error of its own; Ctrl-C it was all the same.
-        if not interrupts.pressed():
-            raise
-        return _interrupted(next(iter(getattr(error, "__notes__", [])), None))
-    return code
+    with _forgiving():
+        try:
+            return _run(arguments)
+        except KeyboardInterrupt as interrupt:
+            return _interrupted(getattr(interrupt, "hint", None))
+        except BrokenPipeError:
+            # The reader went away (`prufed list | head`): what is left to say goes nowhere.
+            _send_nowhere(sys.stdout)
+            return 1
+        except Exception as error:
+            # Compiled code may turn the interrupt into an error of its own; it was Ctrl-C all the
+            # same.
+            if not interrupts.pressed():
+                raise
+            return _interrupted(next(iter(getattr(error, "__notes__", [])), None))
+
+
+def _send_nowhere(stream: TextIO) -> None:
+    """Let a stream lead nowhere; what it still holds would be complained about at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _open_what_is_closed() -> None:
@@ -106,7 +112,16 @@ def _open_what_is_closed() -> None:
                 os.dup2(nowhere, number)
                 os.close(nowhere)
             setattr(sys, name, os.fdopen(number, "w" if number else "r"))
-    sys.stderr = cast("TextIO", Unheard(sys.stderr))
+
+
+@contextmanager
+def _forgiving() -> Iterator[None]:
+    stderr = sys.stderr
+    sys.stderr = cast("TextIO", Unheard(stderr))
+    try:
+        yield
+    finally:
+        sys.stderr = stderr
 
 
 class Unheard:
@@ -117,14 +132,18 @@ class Unheard:
 
     def write(self, text: str) -> int:
         """Write, if that can be done."""
-        with suppress(OSError):
+        try:
             self._stream.write(text)
+        except OSError:
+            _send_nowhere(self._stream)
         return len(text)
 
     def flush(self) -> None:
         """Flush, if that can be done."""
-        with suppress(OSError):
+        try:
             self._stream.flush()
+        except OSError:
+            _send_nowhere(self._stream)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

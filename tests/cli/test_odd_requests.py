@@ -40,13 +40,21 @@ def test_file_names_that_are_not_utf8(
     assert shown["manifest"]["recipe"]["perplexity"]["file"] == "c\ufffd.txt"
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full", "2> >(head -1 >/dev/null)"])
-def test_nobody_who_reads_of_it_does_not_stop_a_prune(registry: Registry, stderr: str) -> None:
-    command = f"{sys.executable} -m prufed_cli prune --base tiny {' '.join(HALF)} {stderr}"
-    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert (ended.returncode, ended.stdout) == (0, "tiny-magnitude-50@v1\n")
-    command = f"{sys.executable} -m prufed_cli show nothing {stderr}"
-    assert subprocess.run(["bash", "-c", command], capture_output=True).returncode == 3
+def test_nobody_who_reads_of_it_does_not_stop_a_prune(
+    registry: Registry, stderr: str, unbuffered: str
+) -> None:
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    for arguments, code, out in (
+        (f"prune --base tiny {' '.join(HALF)}", 0, "tiny-magnitude-50@v1\n"),
+        ("show nothing", 3, ""),
+    ):
+        command = f"{sys.executable} -m prufed_cli {arguments} {stderr}"
+        ended = subprocess.run(
+            ["bash", "-c", command], capture_output=True, text=True, env=environment
+        )
+        assert (ended.returncode, ended.stdout) == (code, out)
 
 
 @pytest.mark.parametrize(
