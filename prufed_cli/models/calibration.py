@@ -12,6 +12,7 @@ import hashlib
 import json
 import random
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -38,7 +39,7 @@ FIELDS: Final = ("instruction", "context", "input", "response", "output")
 HINT: Final = "pass a text or JSONL file, a directory, a Hub data set, or nothing for the built-in"
 
 _ROWS: Final = frozenset({".jsonl", ".ndjson", ".json"})
-_TABLES: Final = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
+_SEPARATORS: Final = {".csv": ",", ".tsv": "\t"}
 _OVERLAP: Final = len(END_OF_DOCUMENT) - 1
 _PIECE: Final = 1 << 20
 _HUB_ID: Final = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
@@ -139,11 +140,18 @@ def documents(source: str | None) -> Iterator[str]:
     if path.is_dir():
         return _directory(path)
     suffix = path.suffix.lower()
-    if path.exists() and suffix in _TABLES:
-        return _table(path, _TABLES[suffix])
+    if path.exists() and suffix in _SEPARATORS:
+        return _columns(path, _SEPARATORS[suffix])
+    if path.is_file() and suffix == ".parquet":
+        return _parquet(path)
     if path.exists():  # a pipe, too
         return _json_rows(path) if suffix in _ROWS else _text_file(path)
-    if suffix in _ROWS | _TABLES.keys() | {".txt", ".text", ".md"} or not _HUB_ID.fullmatch(source):
+    if suffix in _ROWS | _SEPARATORS.keys() | {
+        ".parquet",
+        ".txt",
+        ".text",
+        ".md",
+    } or not _HUB_ID.fullmatch(source):
         raise PrufedError(f"calibration text {source} does not exist", HINT, NOT_FOUND)
     return _hub(source)
 
@@ -275,19 +283,29 @@ def _directory(path: Path) -> Iterator[str]:
         raise PrufedError(f"{path} is no data set: {_first_line(error)}", HINT, FAILED) from error
 
 
-def _table(path: Path, form: str) -> Iterator[str]:
-    """Yield the rows of a table with a header, in a form that ``datasets`` knows."""
+def _columns(path: Path, separator: str) -> Iterator[str]:
+    """Yield the rows of a text table with a header; every cell is text."""
+    import csv
+
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            csv.field_size_limit(sys.maxsize)
+            yield from _rows(csv.DictReader(file, delimiter=separator), path.name)
+    except (UnicodeDecodeError, OSError) as error:
+        raise _unreadable(path, error) from error
+    except csv.Error as error:
+        raise PrufedError(f"{path} is no table of text: {error}", HINT, FAILED) from error
+
+
+def _parquet(path: Path) -> Iterator[str]:
     import datasets
 
-    options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
     try:
-        rows = datasets.load_dataset(
-            form, data_files=str(path), split="train", streaming=True, **options
-        )
+        rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
         yield from _rows(rows, path.name)
     except _unreadable_data() as error:
         raise PrufedError(
-            f"{path} is no {form} table: {_first_line(error)}", HINT, FAILED
+            f"{path} is no parquet table: {_first_line(error)}", HINT, FAILED
         ) from error
 
 

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +110,8 @@ def masked_outcome(job: Job, skeleton: Skeleton, work: Work, made: int) -> Outco
     seconds = {row["name"]: round(row["seconds"], 3) for row in rows if "seconds" in row}
     report = {"result": "masked", "matrices": stable}
     saved = {name: skeleton.saved_name(name) for name in masks}
-    others = {name: other for name, other in saved.items() if name != other}
+    uses = Counter(saved.values())  # of one tensor that is several parameters, no mask is the mask
+    others = {name: other for name, other in saved.items() if name != other and uses[other] == 1}
     return Outcome(skeleton.model, tensors, masks, shapes, others, details, report, seconds)
 
 

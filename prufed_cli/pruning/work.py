@@ -199,15 +199,24 @@ def sweep(workplace: Path, *, untouched: float = KEPT_SECONDS, dry_run: bool = F
         lock = FileLock(_lock_of(path), timeout=0)
         try:
             lock.acquire()
-        except Timeout:
+        except (Timeout, OSError):  # a process holds it, or nothing may be written here
             continue
-        swept.append(Left(path, sum(file.stat().st_size for file in path.glob("*"))))
         if not dry_run:
+            size = _bytes_of(path)
             shutil.rmtree(path, ignore_errors=True)
         _lock_of(path).unlink(missing_ok=True)
         lock.release()
+        swept.append(Left(path, _bytes_of(path) if dry_run else size))
     _remove_empty(workplace)
     return swept
+
+
+def _bytes_of(path: Path) -> int:
+    """Return the bytes of the files in a directory."""
+    try:
+        return sum(file.stat().st_size for file in path.iterdir())
+    except FileNotFoundError:  # another process has taken the work up
+        return 0
 
 
 def _touched(path: Path) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,8 @@ def new_directory(directory: Path) -> Iterator[Path]:
     """
     from filelock import FileLock, Timeout
 
-    directory = directory.resolve()  # what a link leads to: nothing can be renamed onto a link
+    # what a link leads to: nothing can be renamed onto a link; it may also lead to itself
+    directory = Path(os.path.realpath(directory))
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InvalidRequest(f"{directory} exists and is not empty", "name a new directory")
     with storage_errors(f"write {directory}", outside=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import builtins
 import difflib
 import json
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -217,9 +218,10 @@ class Registry:
         Raises:
             InvalidRequest: it lies in the registry.
         """
-        place = directory.resolve()
-        staged = place.is_relative_to(self._layout.staging.resolve())
-        if place.is_relative_to(self.root.resolve()) and not staged:
+        place, staged, root = (
+            Path(os.path.realpath(path)) for path in (directory, self._layout.staging, self.root)
+        )
+        if place.is_relative_to(root) and not place.is_relative_to(staged):
             raise InvalidRequest(f"{directory} lies in the registry", "choose a place outside it")
 
     def export(

@@ -274,7 +274,7 @@ def _check_weights(directory: Path, kind: str, found: Iterable[str]) -> None:
         shards = set(weights.values()) if isinstance(weights, dict) else set()
         if missing := sorted(str(shard) for shard in shards if shard not in expected):
             raise Damaged(f"{directory} lacks the shard {missing[0]!r}", "fetch it again")
-    quantized = any("quantization_config" in each for each in _configurations(directory))
+    quantized = any(each.get("quantization_config") for each in _configurations(directory))
     for path in sorted(expected):
         check_readable(directory / path, quantized=quantized)
 

@@ -8,7 +8,15 @@ import stat
 
 import pytest
 
-from prufed_registry import Damaged, InvalidRequest, NotFound, Parent, Registry, rewrite_base
+from prufed_registry import (
+    Damaged,
+    InvalidRequest,
+    NotFound,
+    Parent,
+    Registry,
+    RegistryError,
+    rewrite_base,
+)
 from prufed_registry.outside import new_directory
 from prufed_registry.transfer import find_imported
 
@@ -211,6 +219,9 @@ def test_what_a_link_leads_to_is_written(registry, publish, tmp_path):
     registry.export("tiny", tmp_path / "link")
     assert (tmp_path / "real" / "prufed.json").exists()
     assert (tmp_path / "link").is_symlink()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(RegistryError, match="loop"):
+        registry.export("tiny", tmp_path / "loop")
 
 
 def test_places_in_the_registry_are_known(registry, tmp_path):
