@@ -219,8 +219,14 @@ def test_output_that_does_not_fit(registry: Registry, arguments: list[str]) -> N
     assert ended.stderr == "error: cannot write to standard output: no space left on device\n"
 
 
-@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-", "<&- >&- 2>&-"])
-@pytest.mark.parametrize("arguments", ["list --json", "--help", "prune --method top --set drop=2"])
+@pytest.mark.parametrize(
+    ("arguments", "closed"),
+    [
+        ("list --json", ">&-"),
+        ("--help", ">&- 2>&-"),
+        ("prune --method top --set drop=2", "<&- >&- 2>&-"),
+    ],
+)
 def test_output_that_was_closed(registry: Registry, arguments: str, closed: str) -> None:
     """What is said goes nowhere, and not into the files that are opened next."""
     command = f"{sys.executable} -m prufed_cli {arguments} {closed}"

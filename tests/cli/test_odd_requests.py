@@ -40,8 +40,10 @@ def test_file_names_that_are_not_utf8(
     assert shown["manifest"]["recipe"]["perplexity"]["file"] == "c\ufffd.txt"
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full", "2> >(head -1 >/dev/null)"])
+@pytest.mark.parametrize(
+    ("stderr", "unbuffered"),
+    [("2>&-", ""), ("2>/dev/full", ""), ("2>/dev/full", "1"), ("2> >(head -1 >/dev/null)", "")],
+)
 def test_nobody_who_reads_of_it_does_not_stop_a_prune(
     registry: Registry, stderr: str, unbuffered: str
 ) -> None:
