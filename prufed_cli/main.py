@@ -96,8 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _send_nowhere(stream: TextIO) -> None:
-    """Let a stream lead nowhere; what it still holds would be complained about at the end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    from prufed_cli.output import send_nowhere
+
+    send_nowhere(stream)
 
 
 def _open_what_is_closed() -> None:

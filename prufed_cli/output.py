@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from prufed_cli.errors import PrufedError
 from prufed_cli.progress import Reporter, Task
@@ -45,6 +45,13 @@ def write_out(text: str) -> None:
         sys.stdout.write(text)
 
 
+def send_nowhere(stream: TextIO) -> None:
+    """Let a stream lead nowhere; what it still holds would be complained about at the end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
 @contextmanager
 def _writing() -> Iterator[None]:
     try:
@@ -53,8 +60,7 @@ def _writing() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        # What is left of it would be tried again, and complained about, when Python ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        send_nowhere(sys.stdout)
         reason = (error.strerror or str(error)).lower()
         raise PrufedError(f"cannot write to standard output: {reason}") from error
 

@@ -287,16 +287,21 @@ def load_model(
             output_loading_info=True,
         )
     except opening_errors() as error:
-        raise PrufedError(
-            f"{artifact.ref} cannot be opened as a causal language model: {first_line(error)}",
-            f"`prufed verify {artifact.ref}` checks its files",
-        ) from error
+        raise cannot_open(artifact.ref, error) from error
     check_complete(artifact.ref, loading["mismatched_keys"], loading["missing_keys"])
     if where.type == "cpu":
         share_cores(model.num_parameters())
     model.eval().requires_grad_(False)
     loaded: PreTrainedModel = model.to(where)
     return loaded
+
+
+def cannot_open(ref: str, error: Exception) -> PrufedError:
+    """Return the error for a directory that is no causal language model to transformers."""
+    return PrufedError(
+        f"{ref} cannot be opened as a causal language model: {first_line(error)}",
+        f"`prufed verify {ref}` checks its files",
+    )
 
 
 def check_configuration(artifact: Artifact, *, trust_remote_code: bool = False) -> None:
@@ -313,10 +318,7 @@ def check_configuration(artifact: Artifact, *, trust_remote_code: bool = False) 
             artifact.path, local_files_only=True, trust_remote_code=trust_remote_code
         )
     except opening_errors() as error:
-        raise PrufedError(
-            f"{artifact.ref} cannot be opened as a causal language model: {first_line(error)}",
-            f"`prufed verify {artifact.ref}` checks its files",
-        ) from error
+        raise cannot_open(artifact.ref, error) from error
 
 
 def check_complete(

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from prufed_cli.errors import PrufedError
-from prufed_cli.models.base import check_complete, first_line, opening_errors, quiet_transformers
+from prufed_cli.models.base import cannot_open, check_complete, opening_errors, quiet_transformers
 from prufed_cli.models.checkpoint import find_tensors, refuse_packed_matrices
 from prufed_cli.models.decoder import check_matrices, find_stack
 from prufed_cli.models.experts import unfuse_experts
@@ -135,10 +134,7 @@ def _build(
                 directory, local_files_only=True
             )
     except opening_errors() as error:
-        raise PrufedError(
-            f"{ref} cannot be opened as a causal language model: {first_line(error)}",
-            f"`prufed verify {ref}` checks its files",
-        ) from error
+        raise cannot_open(ref, error) from error
     return model
 
 

@@ -196,17 +196,16 @@ def sweep(workplace: Path, *, untouched: float = KEPT_SECONDS, dry_run: bool = F
     for path in paths:
         if _touched(path) > newest:
             continue
-        lock = FileLock(_lock_of(path), timeout=0)
+        size, lock = _bytes_of(path), FileLock(_lock_of(path), timeout=0)
         try:
             lock.acquire()
         except (Timeout, OSError):  # a process holds it, or nothing may be written here
             continue
         if not dry_run:
-            size = _bytes_of(path)
             shutil.rmtree(path, ignore_errors=True)
         _lock_of(path).unlink(missing_ok=True)
         lock.release()
-        swept.append(Left(path, _bytes_of(path) if dry_run else size))
+        swept.append(Left(path, size))
     _remove_empty(workplace)
     return swept
 
