@@ -74,10 +74,11 @@ class Staging:
         self._layout.create()
         with storage_errors("write into the registry"):
             self._lock = FileLock(lock_of(self.path), thread_local=False)
-            self._lock.acquire()
             try:
+                self._lock.acquire()
                 self.path.mkdir()
-            except OSError:
+            except BaseException:  # Ctrl-C, too, leaves nothing behind
+                delete_tree(self.path)
                 self._release()
                 raise
         return self

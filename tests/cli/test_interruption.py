@@ -145,9 +145,13 @@ def clients(configuration: dict[str, Any], clients_file: Callable[..., Path]) ->
 def test_federate_interrupted_before_anything_is_trained(
     fork: Start, registry: Registry, prufed_home: Path, clients: Path
 ) -> None:
-    child = fork("federate", "--clients", clients)
-    wait_for(child, lambda: any(prufed_home.glob("runs/fed-1")))
-    err = interrupted(child)
+    # While another writer commits, this one cannot publish the sub-model it has to train.
+    with FileLock(prufed_home / "registry" / "prufed-registry.lock"):
+        child = fork("federate", "--clients", clients)
+        wait_for(child, lambda: any((prufed_home / "registry" / "tmp").glob("*/config.json")))
+        assert any(prufed_home.glob("runs/fed-1"))
+        child.send_signal(signal.SIGINT)
+    err = assert_interrupted(child)
     assert "--resume" not in err
     assert list((prufed_home / "runs").iterdir()) == []
     sound(registry)
