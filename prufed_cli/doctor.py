@@ -96,7 +96,7 @@ def _devices() -> list[Finding]:
         ]
         return [Finding("devices", "ok", ", ".join([*names, threads]))]
     if torch.backends.mps.is_available():
-        return [Finding("devices", "ok", f"mps, {threads}")]
+        return [Finding("devices", "ok", f"{threads}; mps where a command says --device mps")]
     if torch.version.cuda and shutil.which("nvidia-smi"):
         return [
             Finding(

@@ -107,13 +107,17 @@ def export_merged(
 ) -> Path:
     """Write a stand-alone model: an adapter merged into its base, in the base's dtype.
 
-    Where the adapter has a product mask, the result is exactly as sparse as its base.
+    Where the adapter has a product mask, the result is exactly as sparse as its base, and has its
+    masks; any other adapter fills the zeros.
 
     Raises:
         PrufedError: the reference is no adapter, or the directory is not empty.
     """
+    from transformers import GenerationConfig
+
     from prufed_cli.home import open_registry
-    from prufed_cli.models.base import load_reference, stored_dtype
+    from prufed_cli.models.base import keeps_masks, load_reference, stored_dtype
+    from prufed_cli.pruning.publish import GENERATION_FILE, copy_tokenizer, write_generation_config
 
     registry = registry or open_registry()
     artifact = registry.resolve(reference)
@@ -129,16 +133,13 @@ def export_merged(
         new_directory(directory) as partial,
         reporter.task(f"merge {artifact.ref} into {base.ref}"),
     ):
-        loaded = load_reference(artifact.ref, registry, device="cpu")
-        loaded.model.to(stored_dtype(base)).save_pretrained(partial)
-        _copy_beside_weights(base, partial)
+        model = load_reference(artifact.ref, registry, device="cpu").model
+        model.generation_config = GenerationConfig()  # some of them refuse to be saved
+        model.to(stored_dtype(base)).save_pretrained(partial)
+        (partial / GENERATION_FILE).unlink(missing_ok=True)
+        copy_tokenizer(base.path, partial)
+        if model.can_generate():
+            write_generation_config(base.path, partial)
+        if keeps_masks(artifact) and (base.path / MASKS_FILE).is_file():
+            shutil.copyfile(base.path / MASKS_FILE, partial / MASKS_FILE)
     return directory.absolute()
-
-
-def _copy_beside_weights(base: Artifact, directory: Path) -> None:
-    """Copy the tokenizer and the masks of the base, which the merged model still has."""
-    from prufed_cli.pruning import copy_tokenizer
-
-    copy_tokenizer(base.path, directory)
-    if (base.path / MASKS_FILE).is_file():
-        shutil.copyfile(base.path / MASKS_FILE, directory / MASKS_FILE)

@@ -75,6 +75,7 @@ class PruneReport(BaseModel):
         result: what kind of sub-model it is.
         matrices: of a masked one, in block order.
         kept_layers: of a sliced one, counted in its direct base.
+        layers_before: of a sliced one, how many layers its direct base has.
         scores: of a sliced one, one per layer; of a run of K dropped layers, one per layer that
             a run can start at.
         perplexity: where it was measured.
@@ -85,6 +86,7 @@ class PruneReport(BaseModel):
     result: Literal["masked", "sliced"]
     matrices: tuple[MatrixEntry, ...] = ()
     kept_layers: tuple[int, ...] = ()
+    layers_before: int = Field(default=0, ge=0)
     scores: tuple[float, ...] | None = Field(default=None, min_length=1)
     perplexity: PerplexityEntry | None = None
 
@@ -309,22 +311,20 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def layer_rows(report: PruneReport, artifact: Artifact) -> list[LayerRow]:
+def layer_rows(report: PruneReport) -> list[LayerRow]:
     """Return one row per layer of the direct base of a sliced sub-model."""
     scores = report.scores or ()
     kept = set(report.kept_layers)
     return [
         LayerRow(layer, layer in kept, scores[layer] if layer < len(scores) else None)
-        for layer in range(_depth(report, artifact))
+        for layer in range(_depth(report))
     ]
 
 
-def _depth(report: PruneReport, artifact: Artifact) -> int:
-    """Return how many layers the direct base had: the manifest knows which share of them went."""
-    kept = len(report.kept_layers)
-    share = artifact.manifest.details.get("sparsity")
-    told = round(kept / (1 - share)) if isinstance(share, float) and 0 <= share < 1 else 0
-    return max(told, len(report.scores or ()), max(report.kept_layers, default=-1) + 1)
+def _depth(report: PruneReport) -> int:
+    """Return how many layers the direct base had."""
+    last = max(report.kept_layers, default=-1)
+    return max(report.layers_before, len(report.scores or ()), last + 1)
 
 
 def layer_table(

@@ -163,8 +163,6 @@ class Decoder(Protocol):
         prefix: module path of the stack, ``model.layers`` for Llama.
         blocks: the decoder blocks in order; their number is always known, their weights are not.
         start: the first block that is still to be pruned; 0 unless a killed prune goes on.
-        dtype: what the weights are stored in; a pruner rounds to it what it writes into a block, so
-            that later blocks see the outputs of what will be stored.
         masks: by parameter name, of matrices that were pruned before: bool of the parameter's own
             shape, True where an entry exists. What does not exist counts as pruned, and goes first.
     """
@@ -172,7 +170,6 @@ class Decoder(Protocol):
     prefix: str
     blocks: Sequence[nn.Module]
     start: int
-    dtype: torch.dtype
     masks: Mapping[str, Tensor]
 
     def shapes(self, index: int) -> Mapping[str, tuple[int, int]]:
@@ -180,6 +177,13 @@ class Decoder(Protocol):
 
     def linears(self, index: int) -> Mapping[str, nn.Module]:
         """Load block ``index`` and return its prunable matrices by their full module name."""
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Return what a parameter is stored in, which may differ from what it is computed in.
+
+        A pruner rounds to it what it writes into a block, so that later blocks see the outputs of
+        what will be stored.
+        """
 
     def embed(self, batches: Sequence[Tensor]) -> list[tuple[Tensor, Arguments]]:
         """Return what block ``start`` receives for each batch (B, T) of token ids.

@@ -39,36 +39,48 @@ def command(
         str | None, typer.Option(help="n:m, n of every m consecutive inputs removed: 2:4.")
     ] = None,
     layers: Annotated[
-        int | None, typer.Option(help="How many decoder layers to drop (layer pruners).")
+        int | None, typer.Option(help="Number of decoder layers to drop; layer methods only.")
     ] = None,
     settings: Settings = None,
     compat: Annotated[
         str | None,
-        typer.Option(metavar="reference", help="Prune what the method's published code prunes."),
+        typer.Option(
+            metavar="reference", help="Count entries as the method's published code does."
+        ),
     ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="Text, JSONL, datasets directory or Hub data set. Default: the embedded text."
+            help="File (text, JSON, CSV, Parquet), datasets directory or Hub data set. "
+            "Default: the embedded text, for the embedded model."
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 128,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Calibration sequences; a short text gives fewer.")
+    ] = 128,
     length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens per calibration sequence.")
+        int | None,
+        typer.Option(
+            min=2, help="Tokens per calibration sequence. Default: the context, at most 2048."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Which calibration sequences are drawn.")] = 0,
     perplexity: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="Text to score on, before and after; for the report."),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the artifact.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the artifact. Default: base, method and target.")
+    ] = None,
     max_memory: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="What may be held: 8GB. Default: what is available."),
+        typer.Option(
+            metavar="SIZE", help="Memory to use: 8GB. Default: nine tenths of what is free."
+        ),
     ] = None,
     force: Annotated[
         bool,
-        typer.Option("--force", help="Run even if the same recipe was run, and from the start."),
+        typer.Option("--force", help="Make it again, as a new version, from the first block."),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop.")
@@ -85,8 +97,8 @@ def command(
     (top, symmetric, contribution, angular ...) take --layers, --sparsity or --set keep=N.
     `prufed plugins` lists all of them.
 
-    The model may be larger than memory. An interrupted prune goes on after its last finished block
-    when the same command is given again, and ends with the same bytes.
+    The model may be larger than memory. An interrupted prune of entries goes on after its last
+    finished block when the same command is given again, and ends with the same bytes.
     """
     from prufed_cli.output import emit_json, print_line, reporter
     from prufed_cli.plugins_report import warn_failures
@@ -158,9 +170,10 @@ def _document(result: PruneResult) -> dict[str, Any]:
 
 def _summary(result: PruneResult) -> str:
     details = result.artifact.manifest.details
-    if details["result"] == "sliced" and not details["sparsity"]:
+    sliced = result.report.get("result") == "sliced"
+    if sliced and details["layers"] == result.report["layers_before"]:
         text = f"kept all {details['layers']} layers, since so little drops none"
-    elif details["result"] == "sliced":
+    elif sliced:
         text = f"kept layers {details['kept_layers']}"
     else:
         text = f"sparsity {details['sparsity']:.2%} of the decoder matrices, as counted"

@@ -83,7 +83,7 @@ def _print_report(artifact: Artifact, *, every: bool, as_json: bool) -> None:
         emit_json({"reference": artifact.ref, "report": stored, "matrix_seconds": seconds})
         return
     if report.result == "sliced":
-        layers = reports.layer_rows(report, artifact)
+        layers = reports.layer_rows(report)
         columns, cells = reports.layer_table(layers, reports.score_label(artifact), _bar())
         table(columns, cells, numeric=[0, 2])
         print_line(f"kept {len(report.kept_layers)} of {len(layers)} layers of the base")
@@ -108,7 +108,7 @@ def _draw(artifact: Artifact, path: Path) -> None:
 
     report = prune_report.parse_report(prune_report.stored_report(artifact), artifact.ref)
     if report.result == "sliced":
-        rows = prune_report.layer_rows(report, artifact)
+        rows = prune_report.layer_rows(report)
         figure = prune_plot.plot_layers(rows, prune_report.score_label(artifact), artifact.ref)
     else:
         figure = prune_plot.plot_matrices(prune_report.matrix_rows(report, {}, {}), artifact.ref)
@@ -133,7 +133,11 @@ def _lines(artifact: Artifact) -> list[str]:
     lines += [f"parent      {parent.ref}  {parent.digest}" for parent in manifest.parents]
     lines += [f"recipe      {_compact(manifest.recipe)}"]
     lines += [f"{key:<11} {_compact(value)}" for key, value in sorted(manifest.details.items())]
-    lines += [f"metric      {key} = {value}" for key, value in sorted(manifest.metrics.items())]
+    lines += [
+        f"metric      {key} = {_compact(value)}"
+        for key, value in sorted(manifest.metrics.items())
+        if key != "matrix_seconds"  # a number per matrix: --report has them
+    ]
     if manifest.environment:
         made = ", ".join(f"{name} {version}" for name, version in manifest.environment.items())
         lines.append(f"made with   {made}")

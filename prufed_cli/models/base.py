@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,7 +24,7 @@ from prufed_registry.errors import NotFound
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from prufed_registry import Artifact, Parent
 
@@ -153,7 +154,7 @@ def slug(text: str, longest: int = 64) -> str:
 
 
 def choose_device(device: str) -> torch.device:
-    """Return the device asked for; ``auto`` prefers CUDA, then MPS, then the CPU.
+    """Return the device asked for; ``auto`` is CUDA where there is any, else the CPU.
 
     Raises:
         PrufedError: the device does not exist here.
@@ -161,9 +162,7 @@ def choose_device(device: str) -> torch.device:
     import torch
 
     if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError:
@@ -244,6 +243,18 @@ def share_cores(parameters: int) -> None:
     torch.set_num_threads(1 if parameters < SMALL_MODEL else available)
 
 
+@contextmanager
+def threads_restored() -> Iterator[None]:
+    """Leave torch with as many threads as it had."""
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @cache
 def _threads_at_start() -> int:
     import torch
@@ -304,8 +315,8 @@ def cannot_open(ref: str, error: Exception) -> PrufedError:
     )
 
 
-def check_configuration(artifact: Artifact, *, trust_remote_code: bool = False) -> None:
-    """Open a model's configuration.
+def open_configuration(artifact: Artifact, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Return a model's configuration, with transformers' defaults for what it leaves out.
 
     Raises:
         PrufedError: transformers cannot make a causal language model of it.
@@ -314,11 +325,12 @@ def check_configuration(artifact: Artifact, *, trust_remote_code: bool = False) 
     from transformers import AutoConfig
 
     try:
-        AutoConfig.from_pretrained(
+        config: PretrainedConfig = AutoConfig.from_pretrained(
             artifact.path, local_files_only=True, trust_remote_code=trust_remote_code
         )
     except opening_errors() as error:
         raise cannot_open(artifact.ref, error) from error
+    return config
 
 
 def check_complete(
@@ -468,9 +480,13 @@ def merge_adapter(model: PreTrainedModel, adapter: Artifact, base: Artifact) -> 
     from prufed_cli.models.adapters import load_adapter, merge
 
     tensors, spec = load_adapter(adapter.path)
-    stored = adapter.manifest.details.get("adapter", {})
-    masks = base_masks(base) if stored.get("product_mask") else None
+    masks = base_masks(base) if keeps_masks(adapter) else None
     merge(model, tensors, scaling=spec.scaling, product_masks=masks)
+
+
+def keeps_masks(adapter: Artifact) -> bool:
+    """Return whether merging an adapter leaves what its base's masks leave out at zero."""
+    return bool(adapter.manifest.details.get("adapter", {}).get("product_mask"))
 
 
 def context_length(model: PreTrainedModel) -> int | None:

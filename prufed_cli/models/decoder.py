@@ -9,7 +9,7 @@ embeddings, which differ between layer types) is recorded from the model's own f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -178,6 +178,38 @@ def first_inputs(
             type(model).__name__, f"its {len(blocks)} blocks are called {len(calls)} times"
         )
     return first[0], calls
+
+
+def check_only_hidden_states(
+    model: PreTrainedModel, blocks: Sequence[nn.Module], batch: Tensor, output: Any
+) -> None:
+    """Refuse blocks that are called with more of what the one before returned (ZAYA, HY 4).
+
+    Run block by block they would be given nothing in its place.
+
+    Args:
+        model: the model.
+        blocks: its decoder blocks.
+        batch: token ids, which may be few.
+        output: what the first block returned.
+
+    Raises:
+        PrufedError: as said.
+    """
+    items = len(output) if isinstance(output, tuple | list) else 0
+    marks = [None if each is None else object() for each in output[1:]] if items else []
+
+    def look(index: int, *args: Any, **kwargs: Any) -> Any:
+        marked = [mark for mark in marks if mark is not None]
+        if any(one is mark for one in (*args, *kwargs.values()) for mark in marked):
+            raise _unsupported(
+                type(model).__name__, f"block {index} needs more of the one before than its output"
+            )
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden, *marks) if items else hidden
+
+    with replaced_forwards(blocks, look), suppress(TypeError, AttributeError, ValueError):
+        run_stack(model, batch)  # what the model itself makes of the marks does not matter
 
 
 def returned(hidden: Tensor, items: int) -> Any:

@@ -122,17 +122,13 @@ def _build(
     directory: Path, ref: str, dtype: torch.dtype, trust_remote_code: bool
 ) -> PreTrainedModel:
     quiet_transformers()
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import AutoConfig
 
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             directory, local_files_only=True, trust_remote_code=trust_remote_code
         )
         model = empty_model(config, dtype, trust_remote_code=trust_remote_code)
-        if model.can_generate() and (directory / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(
-                directory, local_files_only=True
-            )
     except opening_errors() as error:
         raise cannot_open(ref, error) from error
     return model

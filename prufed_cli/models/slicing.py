@@ -15,9 +15,31 @@ if TYPE_CHECKING:
 _PER_LAYER: Final = frozenset({"moe_topk", "moe_intermediate_size", "num_shared_expert"})
 """Lists of something per layer whose names do not say so (HunYuan's)."""
 
+_NUMBERED: Final = frozenset(
+    {
+        "attn_layer_indices",  # Bamba
+        "cross_attention_layers",  # Mllama
+        "full_attn_idxs",  # LFM2
+        "hybrid_layer_ids",  # Zamba2
+        "kv_source_layers",  # Mistral Large 4, each its own source
+        "local_layer_ids",  # Inkling
+        "moe_layers",  # Llama 4
+        "rope_scaling_layers",  # Molmo 2
+    }
+)
+"""Lists of layers by their numbers, which may happen to be as long as the model has layers."""
+
+_PREDICTORS: Final = ("num_mtp_layers", "num_nextn_predict_layers", "mtp_num_hidden_layers")
+"""How many layers for multi-token prediction are stored beside a model's own."""
+
 _HINT: Final = "prune its entries: --method magnitude --sparsity 0.5"
 
-_NUMBERS: Final = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "training"})
+_NUMBERS: Final = frozenset(
+    {
+        *("layer_idx", "layer_id", "layer_index", "layer_number", "training"),
+        "store_full_length_kv",  # for later layers, and models with any that use it are refused
+    }
+)
 """What a module may remember of its place, or of what it is used for."""
 
 
@@ -39,11 +61,13 @@ def slice_config(config: PretrainedConfig, kept: Sequence[int]) -> None:
     """Let everything that a configuration says of single layers speak of those that stay.
 
     Raises:
-        PrufedError: the model's layers cannot do without one another.
+        PrufedError: the model's layers cannot do without one another, or no attention is left.
     """
     _check_independent(config)
+    _check_attention(config, kept)
     before = config.num_hidden_layers
     rules = _renumbered(config, kept)
+    overrides = config.to_dict().get("per_layer_config")
     for name, value in vars(config).items():
         per_layer = "layer" in name or name in _PER_LAYER
         whole = isinstance(value, list | tuple) and len(value) == before
@@ -52,6 +76,22 @@ def slice_config(config: PretrainedConfig, kept: Sequence[int]) -> None:
     for name, value in rules.items():
         setattr(config, name, value)
     config.num_hidden_layers = len(kept)
+    if overrides is not None:  # set last: its numbers are checked against the number of layers
+        by_number = {int(layer): said for layer, said in overrides.items()}
+        config.per_layer_config = {
+            local: by_number[layer] for local, layer in enumerate(kept) if layer in by_number
+        }
+
+
+def forget_predictors(config: PretrainedConfig) -> str | None:
+    """Count no layers for multi-token prediction; return the name of what did, if anything."""
+    found = None
+    for part in (config.get_text_config(), config):
+        for name in _PREDICTORS:
+            if getattr(part, name, None):
+                setattr(part, name, 0)
+                found = found or name
+    return found
 
 
 def check_blocks(
@@ -101,23 +141,53 @@ def _built(block: nn.Module) -> dict[str, Any]:
         for name, parameter in module.named_parameters(recurse=False):
             facts[f"{path}.{name}"] = tuple(parameter.shape)
         for name, buffer in module.named_buffers(recurse=False):
-            total = None if buffer.is_meta else float(buffer.double().sum())
+            total = None if buffer.is_meta else float(buffer.cpu().double().sum())
             facts[f"{path}.{name}"] = (tuple(buffer.shape), total)
     return facts
 
 
 def _check_independent(config: PretrainedConfig) -> None:
-    """Refuse layers that use what other layers have (Gemma 3n, Gemma 4)."""
-    for name, reason in (
-        ("num_kv_shared_layers", "later layers use the keys and values of earlier ones"),
-        ("hidden_size_per_layer_input", "one embedding holds a part for every layer"),
+    """Refuse layers that use what other layers have (Gemma 3n, Gemma 4, Mistral Large 4)."""
+    alone = list(range(config.num_hidden_layers))
+    sources = getattr(config, "kv_source_layers", None) or alone
+    shared = getattr(config, "num_kv_shared_layers", None) or list(sources) != alone
+    packed = getattr(config, "hidden_size_per_layer_input", None)
+    for found, reason in (
+        (shared, "later layers use the keys and values of earlier ones"),
+        (packed, "one embedding holds a part for every layer"),
     ):
-        if getattr(config, name, None):
+        if found:
             raise PrufedError(
                 f"cannot drop layers of a {config.model_type} model: {reason}",
                 _HINT,
                 USAGE,
             )
+
+
+def _check_attention(config: PretrainedConfig, kept: Sequence[int]) -> None:
+    """Refuse to drop every attention layer of a hybrid.
+
+    The cache of transformers counts tokens in its attention layers: without one ``generate`` fails,
+    unless the whole architecture does without (Mamba).
+    """
+    attention = _attention_layers(config)
+    if attention and not set(attention) & set(kept):
+        raise PrufedError(
+            f"the sub-model of a {config.model_type} model would have no attention layer left",
+            f"keep one of layers {', '.join(map(str, attention))}",
+            USAGE,
+        )
+
+
+def _attention_layers(config: PretrainedConfig) -> list[int]:
+    """Return the layers that keep keys and values; none where transformers knows no such cache."""
+    from transformers.cache_utils import CacheLayerMixin, DynamicCache
+
+    try:
+        cache = DynamicCache(config=config)
+    except KeyError:  # a type of layer that only the model's own code knows
+        return []
+    return [index for index, one in enumerate(cache.layers) if isinstance(one, CacheLayerMixin)]
 
 
 def _renumbered(config: PretrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
@@ -126,6 +196,9 @@ def _renumbered(config: PretrainedConfig, kept: Sequence[int]) -> dict[str, Any]
     Every n-th layer is no longer every n-th, so the rule becomes a list.
     """
     rules: dict[str, Any] = {}
+    for name in _NUMBERED & vars(config).keys():
+        if isinstance(numbers := getattr(config, name), list | tuple):
+            rules[name] = [local for local, layer in enumerate(kept) if layer in numbers]
     for name in ("first_k_dense_replace", "max_window_layers"):
         if isinstance(first := getattr(config, name, None), int):
             rules[name] = sum(layer < first for layer in kept)

@@ -10,6 +10,7 @@ from prufed_cli.models.activations import Activations
 from prufed_cli.models.decoder import (
     ARGUMENTS,
     BlockCall,
+    check_only_hidden_states,
     first_inputs,
     linears_of,
     replaced_forwards,
@@ -43,7 +44,6 @@ class StreamedDecoder:
         prefix: module path of the stack, ``model.layers`` for Llama.
         blocks: the decoder blocks in order; only the newest one asked for has weights.
         start: the first block that is still to be pruned.
-        dtype: what the weights are stored in.
         device: where blocks compute.
         masks: by parameter name, of matrices that were pruned before.
         released: called with the index of a block whose weights are about to go.
@@ -52,7 +52,6 @@ class StreamedDecoder:
     def __init__(
         self,
         skeleton: Skeleton,
-        dtype: torch.dtype,
         device: torch.device,
         activations: Activations,
     ) -> None:
@@ -65,7 +64,6 @@ class StreamedDecoder:
         self._items: int | None = None
         self.prefix = skeleton.prefix
         self.start = 0
-        self.dtype = dtype
         self.device = device
         self.blocks: Sequence[nn.Module] = list(stack_of(model, skeleton.prefix))
         self.masks: Mapping[str, Tensor] = {}
@@ -100,6 +98,10 @@ class StreamedDecoder:
         self._load(index)
         return linears_of(self.blocks[index], f"{self.prefix}.{index}")
 
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Return what a parameter is stored in."""
+        return self._skeleton.stored[name].dtype
+
     def embed(self, batches: Sequence[Tensor]) -> list[tuple[Tensor, dict[str, Any]]]:
         """Return what block ``start`` receives for each batch (B, T), and the blocks' arguments.
 
@@ -113,7 +115,7 @@ class StreamedDecoder:
         with torch.no_grad():
             with self._outside(batches):
                 if self._items is None:
-                    self._items = self._items_returned(batches[0][:1, :2])
+                    self._items = self._items_returned(batches[0][:1, :2].to(self.device))
                 states: list[tuple[Tensor, dict[str, Any]]] = []
                 for batch in batches:
                     ids = batch.to(self.device)
@@ -262,21 +264,23 @@ class StreamedDecoder:
 
     def _items_returned(self, batch: Tensor) -> int:
         """Return how many things blocks return, 0 if it is no tuple: of the first one, run."""
-        seen: list[int] = []
+        seen: list[Any] = []
 
         def look(module: nn.Module, args: Any, output: Any) -> None:
-            seen.append(len(output) if isinstance(output, tuple | list) else 0)
+            seen.append(output)
             raise _SeenError
 
         self._load(0)
         handle = self.blocks[0].register_forward_hook(look)
         try:
-            run_stack(self._skeleton.model, batch.to(self.device))
+            run_stack(self._skeleton.model, batch)
         except _SeenError:
             pass
         finally:
             handle.remove()
-        return seen[0] if seen else 0
+        (output,) = seen
+        check_only_hidden_states(self._skeleton.model, self.blocks, batch, output)
+        return len(output) if isinstance(output, tuple | list) else 0
 
 
 class _SeenError(Exception):

@@ -19,7 +19,7 @@ from prufed_cli.pruning.request import (
 
 if TYPE_CHECKING:
     from prufed_cli.pruning.job import REPORT_FILE
-    from prufed_cli.pruning.publish import copy_tokenizer, read_report
+    from prufed_cli.pruning.publish import read_report
     from prufed_cli.pruning.submodels import PruneResult, plan_prune, prune, prune_several
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "PruneRequest",
     "PruneResult",
     "at_sparsities",
-    "copy_tokenizer",
     "parse_pattern",
     "parse_sparsities",
     "parse_target",
@@ -43,7 +42,6 @@ _MODULES: Final = {
     "plan_prune": "submodels",
     "prune": "submodels",
     "prune_several": "submodels",
-    "copy_tokenizer": "publish",
     "read_report": "publish",
 }
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
 
 from prufed_cli.models.skeleton import Skeleton
 from prufed_cli.models.stored import Spec, TensorWriter
@@ -19,12 +21,18 @@ if TYPE_CHECKING:
 
     from prufed_plugins.api import PrunedMatrix
 
+_HINT: Final = "`prufed plugins check NAME` says what a pruner has to do"
+
+_ROWS: Final = 128
+"""Rows that are looked at together, few enough for what lies between to stay in the cache."""
+
 
 class BlockStore:
     """Writes each block of one or more sub-models while it is pruned.
 
     A block is finished when the decoder lets go of it, or at the end. Nothing of it is held but
     its packed masks. What the base's own masks leave out stays out, whatever the pruner says.
+    Nothing is published of a matrix that the model has not, or whose mask does not fit its weight.
     """
 
     def __init__(
@@ -40,6 +48,11 @@ class BlockStore:
         self._made = made
         self._next = work.finished(made, len(decoder.blocks))
         self._open: list[_OpenBlock] = []
+        self._matrices = {
+            f"{name}.weight"
+            for index in range(len(decoder.blocks))
+            for name in decoder.shapes(index)
+        }
         decoder.start = self._next
         decoder.released = self._released
         if made == 1:
@@ -55,14 +68,24 @@ class BlockStore:
         """Write one matrix of every sub-model.
 
         Raises:
-            MethodError: the pruner made up a matrix, or came back to a finished block.
+            MethodError: the pruner made up a matrix, came back to a finished block, or returned
+                what is not as :class:`PrunedMatrix` says.
         """
-        name = results[0].name
-        index = self._skeleton.block_of(name)
+        names = [result.name for result in results]
+        if len(names) != self._made or len(set(names)) != 1:
+            raise MethodError(
+                f"the pruner returned {', '.join(names) or 'nothing'} at once, not one matrix of "
+                f"{self._made} sub-models",
+                _HINT,
+            )
+        name = names[0]
+        index = self._skeleton.block_of(name) if name in self._matrices else None
         if index is None or name not in self._skeleton.stored:
-            raise MethodError(f"the pruner returned {name}, which is no matrix of the model", None)
+            raise MethodError(f"the pruner returned {name}, which is no matrix of the model", _HINT)
         if index < self._next:
-            raise MethodError(f"the pruner returned {name} after its block was finished", None)
+            raise MethodError(f"the pruner returned {name} after its block was finished", _HINT)
+        for result in results:
+            _check(result, self._skeleton.stored[name].shape)
         if not self._open or self._open[0].index != index:
             self._finish()
             self._skip_to(index)
@@ -113,6 +136,39 @@ class BlockStore:
         weights = self._work.block(0, index).weights
         if weights.is_file():
             self._decoder.finish(index, weights)
+
+
+def _check(result: PrunedMatrix, shape: tuple[int, ...]) -> None:
+    """Refuse a weight or mask of another shape than is stored, and weights outside their mask.
+
+    What is stored has the parameter's own layout, which is (inputs, outputs) of a ``Conv1D``.
+
+    Raises:
+        MethodError: as said, naming the matrix.
+    """
+    name, weight, mask = result.name, result.weight, result.mask
+    for what, tensor in (("weight", weight), ("mask", mask)):
+        if tuple(tensor.shape) != shape:
+            raise MethodError(
+                f"the pruner returned a {what} of shape {list(tensor.shape)} for {name}, "
+                f"which is stored as {list(shape)}",
+                _HINT,
+            )
+    if mask.dtype != torch.bool:
+        raise MethodError(
+            f"the pruner returned a mask of {mask.dtype} for {name}, which has to be torch.bool",
+            _HINT,
+        )
+    if not _lies_within(weight, mask.to(weight.device)):
+        raise MethodError(
+            f"the pruner's mask of {name} calls entries absent whose weight is not zero", _HINT
+        )
+
+
+def _lies_within(weight: Tensor, mask: Tensor) -> bool:
+    """Return whether a weight is zero, of either sign, wherever its mask is False."""
+    pairs = zip(torch.split(weight, _ROWS), torch.split(mask, _ROWS), strict=True)
+    return not any(count(some.bool() > flags) for some, flags in pairs)
 
 
 def _within(before: Tensor, result: PrunedMatrix) -> PrunedMatrix:

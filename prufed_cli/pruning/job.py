@@ -36,7 +36,7 @@ class Options:
         trust_remote_code: whether code that comes with the model may run.
         max_memory: bytes that may be held; None for what is available.
         largest_file: bytes of the largest weight file.
-        force: begin anew where an earlier run was cut off.
+        force: begin anew where an earlier run was cut off that was not forced.
     """
 
     device: torch.device

@@ -15,14 +15,20 @@ from prufed_cli import interrupts
 from prufed_cli.errors import USAGE, Interrupted, PrufedError
 from prufed_cli.evaluation.perplexity import Perplexity, check_token_ids
 from prufed_cli.models.activations import Activations
-from prufed_cli.models.base import base_masks, share_cores
+from prufed_cli.models.base import base_masks, share_cores, threads_restored
 from prufed_cli.models.decoder import check_matrices
 from prufed_cli.models.skeleton import Skeleton, open_skeleton
 from prufed_cli.models.streaming import StreamedDecoder
 from prufed_cli.pruning.blocks import BlockStore
 from prufed_cli.pruning.job import Job
 from prufed_cli.pruning.plan import Plan, in_batches, make_plan, warn_of_few_tokens
-from prufed_cli.pruning.publish import Outcome, masked_outcome, publish, sliced_outcome
+from prufed_cli.pruning.publish import (
+    Outcome,
+    made_before,
+    masked_outcome,
+    publish,
+    sliced_outcome,
+)
 from prufed_cli.pruning.scores import perplexity_report
 from prufed_cli.pruning.work import Work, take_work
 from prufed_plugins.api import KeptLayers, PrunedMatrix, PruneTarget
@@ -48,22 +54,29 @@ _MAPPED: Final = 2**20
 glibc's heap small tensors would hold the place of matrices that are gone."""
 
 
+@threads_restored()
 @mapped_above(_MAPPED)  # the plan too, which measures how fast memory comes
-def run_pass(job: Job, wanted: Sequence[int]) -> list[Artifact]:
+def run_pass(job: Job, wanted: Sequence[int]) -> list[tuple[Artifact, bool]]:
     """Prune, and publish those sub-models of the pass that are wanted.
 
+    Another process at the same work is waited for.
+
+    Returns:
+        The sub-models, each with whether that other process made it.
+
     Raises:
-        PrufedError: the base cannot be pruned, memory does not suffice, or another process is at
-            the same work.
+        PrufedError: the base cannot be pruned, or memory does not suffice.
         MethodError: the method cannot meet the target on this model.
         Interrupted: Ctrl-C after at least one block; says how it goes on.
     """
     started = time.monotonic()
     skeleton, decoder = _open(job)
     job = in_batches(job, skeleton, decoder)
-    with take_work(job.workplace, job.fingerprint) as work:
+    with take_work(job.workplace, job.fingerprint, job.reporter.note) as work:
         if job.options.force:
-            work.clear()
+            work.begin_anew()
+        elif all(found := [made_before(job, job.made[each]) for each in wanted]):
+            return [(artifact, True) for artifact in found if artifact is not None]
         _use_threads_of(work)
         with _can_be_resumed(job, work, len(decoder.blocks)), storage_errors("prune"):
             plan = _told_plan(job, skeleton, decoder, work)
@@ -74,9 +87,10 @@ def run_pass(job: Job, wanted: Sequence[int]) -> list[Artifact]:
                 for each in wanted
             ]
         work.clear()
-    return artifacts
+    return [(artifact, False) for artifact in artifacts]
 
 
+@threads_restored()
 @mapped_above(_MAPPED)
 def plan_pass(job: Job) -> Plan:
     """Return what a pass would take.
@@ -84,8 +98,17 @@ def plan_pass(job: Job) -> Plan:
     Raises:
         PrufedError: as :func:`run_pass`.
     """
-    opened = _open(job)
-    return make_plan(in_batches(job, *opened), *opened)
+    skeleton, decoder = _open(job)
+    job = in_batches(job, skeleton, decoder)
+    return make_plan(job, skeleton, decoder, _left_off(job, len(decoder.blocks)))
+
+
+def _left_off(job: Job, blocks: int) -> int:
+    """Return after how many blocks a pass would go on."""
+    work = Work(job.workplace / job.fingerprint)
+    if job.options.force and not work.begun_anew:
+        return 0
+    return work.finished(len(job.made), blocks)
 
 
 def _open(job: Job) -> tuple[Skeleton, StreamedDecoder]:
@@ -97,7 +120,7 @@ def _open(job: Job) -> tuple[Skeleton, StreamedDecoder]:
         share_cores(skeleton.model.num_parameters())
     if job.calibration is not None:
         check_token_ids(skeleton.model, max(int(each.max()) for each in job.calibration.batches))
-    decoder = StreamedDecoder(skeleton, job.dtype, options.device, Activations())
+    decoder = StreamedDecoder(skeleton, options.device, Activations())
     if job.pruner.result == "masked":
         _check_dtype(job, skeleton, decoder)
     if getattr(job.pruner, "needs_matrices", True):
@@ -156,8 +179,6 @@ def _prune(
     decoder.hold_in(work.path if plan.in_file else None)
     decoder.masks = base_masks(job.base) or {}
     store = BlockStore(work, skeleton, decoder, len(job.made))
-    if finished:
-        job.reporter.note(f"resuming after block {finished} of {total}")
     with job.reporter.task(f"prune with {job.method}", total=total) as task:
         task.reach(finished)
 
@@ -175,6 +196,7 @@ def _prune(
                     del results  # with its mask, before the next matrix comes
                     give_back()
             store.close()
+            decoder.release()
         finally:
             store.discard()
     return [masked_outcome(job, skeleton, work, index) for index in range(len(job.made))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _COPIES = 5
-"""Float32 copies of the matrix at hand: its values, their changes, scores, errors, and a spare."""
+"""Float32 copies of the matrix at hand: its values, their changes, scores, errors, and a spare. A
+survey takes fewer."""
 _SMALL_BATCH = 32 * 10**6
 """Bytes that a batch may take on its way through a block however small the block is."""
 _HEAD_COPIES = 3
@@ -47,7 +48,7 @@ class Plan:
     Attributes:
         parameters: how many the model has.
         blocks: how many decoder blocks.
-        block: the largest block in the dtype it computes in.
+        block: the largest block in the dtype it computes in; 0 where none is read.
         statistics: what is gathered of the inputs of one block, and its factorization.
         batch: one batch on its way through a block, or the copies of one matrix.
         activations: the hidden states of the whole calibration text.
@@ -67,6 +68,7 @@ class Plan:
     separate: bool
     limit: int
     seconds: float
+    finished: int
 
     @property
     def least(self) -> int:
@@ -81,14 +83,16 @@ class Plan:
     def lines(self) -> list[str]:
         """Return the plan for a person."""
         where = "in a file" if self.in_file else "in memory"
+        largest = f"the largest {decimal(self.block)}" if self.block else "none of them is read"
+        resumed = f"resuming after block {self.finished} of {self.blocks}"
         return [
-            f"{self.parameters:,} parameters in {self.blocks} decoder blocks, "
-            f"the largest {decimal(self.block)}",
+            f"{self.parameters:,} parameters in {self.blocks} decoder blocks, {largest}",
             f"activations {decimal(self.activations)} {where}, "
             f"statistics {decimal(self.statistics)}, one batch {decimal(self.batch)}",
             f"peak memory about {decimal(self.peak)} of {decimal(self.limit)} "
             + ("free on the device" if self.separate else "allowed"),
             f"time about {_duration(self.seconds)}",
+            *([resumed] if self.finished else []),
         ]
 
     def document(self) -> dict[str, Any]:
@@ -104,49 +108,71 @@ class Plan:
             "peak_bytes": self.peak,
             "limit_bytes": self.limit,
             "seconds": self.seconds,
+            "finished_blocks": self.finished,
         }
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Blocks whose matrices have the same names and shapes, as the dense ones of a mixture have.
+
+    Attributes:
+        blocks: their indices.
+        shapes: (outputs, inputs) of the matrices of the first of them.
+        groups: which of those receive the same input; none where no text was run.
+        token: seconds that a token takes through such a block; 0 where no text was run.
+    """
+
+    blocks: Sequence[int]
+    shapes: Mapping[str, tuple[int, int]]
+    groups: Sequence[Sequence[str]] = ()
+    token: float = 0.0
+
+    @property
+    def inputs(self) -> list[int]:
+        """The columns of every distinct input."""
+        return [self.shapes[group[0]][1] for group in self.groups]
+
+
 def make_plan(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, begin: int = 0) -> Plan:
-    """Estimate a pass by running one batch of the text through the first block, if there is any.
+    """Estimate a pass by running text through the first block of every layout, if there is any.
 
     Args:
         job: the pass.
         skeleton: its model.
-        decoder: the same, to be run; block 0 is left in memory.
+        decoder: the same, to be run; a block is left in memory.
         begin: how many blocks are finished already.
 
     Raises:
         PrufedError: one block and what belongs to it do not fit.
     """
-    shapes = [decoder.shapes(index) for index in range(len(decoder.blocks))]
-    largest = max(math.prod(shape) for shapes_of in shapes for shape in shapes_of.values())
+    layouts = layouts_of(decoder)
+    largest = max(math.prod(shape) for layout in layouts for shape in layout.shapes.values())
     width = job.options.compute.itemsize
-    sizes = [_block_bytes(skeleton, decoder, index, width) for index in range(len(shapes))]
     batches = job.calibration.batches if job.calibration else []
     hidden = skeleton.model.config.get_text_config().hidden_size
-    groups: list[list[str]] = []
-    batch = largest * 4 * (_COPIES + len(job.made) - 1)
-    token = 0.0
+    block = batch = 0
+    if _reads_blocks(job):
+        indices = range(len(decoder.blocks))
+        block = max(_block_bytes(skeleton, decoder, index, width) for index in indices)
+        batch = largest * 4 * (_COPIES + len(job.made) - 1)
     if batches:
-        groups, token = look_at_block(decoder, batches[0])
+        layouts = look_at_layouts(decoder, batches[0], layouts)
         batch = max(batch, batches[0].numel() * _token_bytes(skeleton, decoder, width))
     if job.text is not None:
         batch = max(batch, scoring_bytes(skeleton, decoder, width))
         if not batches:
             rows = scored_at_once(skeleton, decoder, width)
             first = next(windows(job.text.tokens, model_window(skeleton.model), rows))
-            _, token = look_at_block(decoder, first[:, :-1])
-    columns = [shapes[0][group[0]][1] for group in groups]
+            timed = look_at_layouts(decoder, first[:, :-1], layouts)
+            layouts = [replace(layout, groups=()) for layout in timed]  # no pruner looks at inputs
     one = statistic_bytes(job)
-    statistics = sum(one(count) for count in columns)
-    working = (min(one(count), 4 * count * _WORKING_COLUMNS) for count in columns)
-    statistics += max(working, default=0)
+    statistics = max(_gathered(layout, one) for layout in layouts)
     activations = sum(each.numel() for each in batches) * hidden * width
     host = available_memory() if job.options.max_memory is None else job.options.max_memory
     separate = job.options.device.type == "cuda"
     limit = _free_on(job.options.device) if separate else host
-    least = max(sizes) + statistics + batch
+    least = block + statistics + batch
     if least > limit:
         raise PrufedError(
             f"one decoder block with its statistics and a batch takes about {decimal(least)}, "
@@ -156,16 +182,38 @@ def make_plan(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, begin: int
         )
     return Plan(
         parameters=sum(math.prod(one.shape) for one in skeleton.stored.values()),
-        blocks=len(sizes),
-        block=max(sizes),
+        blocks=len(decoder.blocks),
+        block=block,
         statistics=statistics,
         batch=batch,
         activations=activations,
         in_file=activations + (0 if separate else least) > host,
         separate=separate,
         limit=limit,
-        seconds=_seconds(job, skeleton, decoder, groups, token, begin),
+        seconds=_seconds(job, skeleton, layouts, begin),
+        finished=begin,
     )
+
+
+def _reads_blocks(job: Job) -> bool:
+    """Return whether the weights of any block are read, to be run, scored or pruned."""
+    return (
+        job.calibration is not None
+        or job.text is not None
+        or job.pruner.result == "masked"
+        or getattr(job.pruner, "needs_matrices", True)
+    )
+
+
+def _gathered(layout: Layout, one: Callable[[int], int]) -> int:
+    """Return the bytes of all statistics of a block, and of what works with the largest of them.
+
+    Args:
+        layout: of the block.
+        one: bytes of the statistic of an input with so many columns.
+    """
+    working = (min(one(columns), 4 * columns * _WORKING_COLUMNS) for columns in layout.inputs)
+    return sum(map(one, layout.inputs)) + max(working, default=0)
 
 
 def in_batches(job: Job, skeleton: Skeleton, decoder: StreamedDecoder) -> Job:
@@ -213,7 +261,8 @@ def scored_at_once(skeleton: Skeleton, decoder: StreamedDecoder, width: int) -> 
 def _token_bytes(skeleton: Skeleton, decoder: StreamedDecoder, width: int) -> int:
     """Return what a token takes on its way through a block whose inputs are looked at."""
     hidden = skeleton.model.config.get_text_config().hidden_size
-    inner = max(max(shape) for shape in decoder.shapes(0).values())
+    blocks = map(decoder.shapes, range(len(decoder.blocks)))
+    inner = max(max(shape) for shapes in blocks for shape in shapes.values())
     return int((6 * inner + 8 * hidden) * width)
 
 
@@ -245,21 +294,50 @@ def warn_of_few_tokens(job: Job, decoder: StreamedDecoder) -> None:
         )
 
 
-def look_at_block(decoder: StreamedDecoder, batch: Tensor) -> tuple[list[list[str]], float]:
-    """Return what one batch of token ids (B, T) shows of block 0.
+def layouts_of(decoder: StreamedDecoder) -> list[Layout]:
+    """Return the layouts of a model's blocks in the order of their first blocks; loads none."""
+    found: dict[object, Layout] = {}
+    for index in range(len(decoder.blocks)):
+        shapes = decoder.shapes(index)
+        own = f"{decoder.prefix}.{index}."
+        key = tuple((name.removeprefix(own), shape) for name, shape in shapes.items())
+        known = found.get(key, Layout((), shapes))
+        found[key] = replace(known, blocks=(*known.blocks, index))
+    return list(found.values())
+
+
+def look_at_layouts(
+    decoder: StreamedDecoder, batch: Tensor, layouts: Sequence[Layout]
+) -> list[Layout]:
+    """Return the layouts with what one batch of token ids (B, T) shows of the first blocks.
+
+    Each of these blocks is loaded once and runs one sequence, as the model embeds it. The whole
+    batch goes through a block of the commonest layout alone, on which the time hangs most.
+    """
+    few, all_of_it = decoder.embed([batch[:1], batch])
+    commonest = max(layouts, key=lambda layout: len(layout.blocks))
+    seen = []
+    for layout in layouts:
+        groups, seconds = _look_at_block(decoder, layout.blocks[0], few)
+        token = seconds / batch[:1].numel()
+        if layout is commonest:
+            token = _forward_seconds(decoder, layout.blocks[0], all_of_it) / batch.numel()
+        seen.append(replace(layout, groups=groups, token=token))
+    return seen
+
+
+def _look_at_block(
+    decoder: StreamedDecoder, index: int, states: tuple[Tensor, dict[str, Any]]
+) -> tuple[list[list[str]], float]:
+    """Run a few sequences through a block, once or for some hundredths of a second.
+
+    Few, as holding what a whole batch puts into the matrices would take more than the pass.
 
     Returns:
-        Which of its matrices receive the same input, and the seconds that a token takes through it.
+        Which of its matrices receive the same input, and the seconds that the run takes.
     """
-    import torch
-
     inputs: dict[str, Tensor] = {}  # held, or a later one could take the identity of one before
-    few, all_of_it = decoder.embed([batch[:1], batch])
-    linears = decoder.linears(0)
-
-    @torch.no_grad()
-    def forward(states: tuple[Tensor, dict[str, Any]]) -> None:
-        decoder.run_block(0, *states)
+    linears = decoder.linears(index)
 
     def look(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -269,72 +347,81 @@ def look_at_block(decoder: StreamedDecoder, batch: Tensor) -> tuple[list[list[st
 
     handles = [module.register_forward_pre_hook(look(name)) for name, module in linears.items()]
     try:
-        forward(few)  # holding what all of it puts in would take more memory than the pass
+        seconds = _forward_seconds(decoder, index, states)
     finally:
         for handle in handles:
             handle.remove()
     groups: dict[object, list[str]] = {}
     for name in linears:
         groups.setdefault(id(inputs[name]) if name in inputs else name, []).append(name)
-    inputs.clear()
-    seconds = seconds_of(lambda: forward(all_of_it), decoder.device)
-    return list(groups.values()), seconds / batch.numel()
+    return list(groups.values()), seconds
 
 
-def _seconds(
-    job: Job,
-    skeleton: Skeleton,
-    decoder: StreamedDecoder,
-    groups: Sequence[Sequence[str]],
-    token: float,
-    begin: int,
+def _forward_seconds(
+    decoder: StreamedDecoder, index: int, states: tuple[Tensor, dict[str, Any]]
 ) -> float:
+    import torch
+
+    @torch.no_grad()
+    def forward() -> None:
+        decoder.run_block(index, *states)
+
+    return seconds_of(forward, decoder.device)
+
+
+def _seconds(job: Job, skeleton: Skeleton, layouts: Sequence[Layout], begin: int) -> float:
     """Return about how long the pass takes from block ``begin`` on, and to publish what it made.
 
     Args:
         job: the pass.
         skeleton: its model.
-        decoder: the same.
-        groups: matrices of a block that receive the same input.
-        token: seconds that a token of the text takes through a block.
+        layouts: of its blocks, looked at.
         begin: how many blocks are finished already.
     """
     rates = measure_rates(job.options.device)
-    blocks = len(decoder.blocks)
     batches = job.calibration.batches if job.calibration else []
     tokens = sum(each.numel() for each in batches)
-    forward = token * tokens
+    through = sum(len(layout.blocks) * layout.token for layout in layouts)  # all blocks, one token
     stored = sum(math.prod(one.shape) for one in skeleton.stored.values())
     seconds = len(job.made) * publish_seconds(stored, rates)
     if job.text is not None:
         models = len(job.made) + (begin == 0)  # the base is scored before its first block is done
         config = skeleton.model.config.get_text_config()
-        through = blocks * token + head_seconds(config.vocab_size, config.hidden_size, rates)
-        seconds += models * len(job.text.tokens) * through
+        head = head_seconds(config.vocab_size, config.hidden_size, rates)
+        seconds += models * len(job.text.tokens) * (through + head)
     if job.pruner.result == "sliced":
-        return seconds + blocks * forward
-    first = decoder.shapes(0)
-    unseen = sum(math.prod(first[name]) for group in groups[-1:] for name in group)
-    looking = 1 - unseen / sum(map(math.prod, first.values()))  # of a forward pass
+        return seconds + through * tokens
     surveyed = job.made[0].recipe["params"].get("layer_ratio") == "owl"
-    for index in range(blocks):
-        if index < begin:  # run again, to see what the first unfinished block receives
-            seconds += forward
-            continue
-        passes = looking + (index + 1 < blocks)  # and once more, with what was pruned
-        if job.nested:
-            passes = 1 if index + 1 < blocks else looking
+    last = max(layout.blocks[-1] for layout in layouts)
+    for layout in layouts:
+        forward = layout.token * tokens
         work = BlockWork(
-            shapes=list(decoder.shapes(index).values()),
-            inputs=[first[group[0]][1] for group in groups],
+            shapes=list(layout.shapes.values()),
+            inputs=layout.inputs,
             tokens=tokens,
             forward=forward,
-            passes=passes if tokens else 0,
+            passes=0,
             hessians=statistic_bytes(job)(1000) >= _HESSIAN_BYTES,
             targets=len(job.made),
         )
-        seconds += block_seconds(work, rates) + (forward if surveyed else 0.0)
+        for index in layout.blocks:
+            if index < begin:  # run again, to see what the first unfinished block receives
+                seconds += forward
+                continue
+            passes = _passes(job, layout, ends=index == last) if tokens else 0
+            seconds += block_seconds(replace(work, passes=passes), rates)
+            seconds += forward if surveyed else 0.0
     return seconds
+
+
+def _passes(job: Job, layout: Layout, *, ends: bool) -> float:
+    """Return how often calibration text goes through a block, which may be the model's last."""
+    unseen = sum(math.prod(layout.shapes[name]) for group in layout.groups[-1:] for name in group)
+    entries = sum(map(math.prod, layout.shapes.values()))
+    looking = 1 - unseen / entries if entries else 1  # of a forward pass
+    if job.nested:
+        return looking if ends else 1
+    return looking + (not ends)  # and once more, with what was pruned
 
 
 def _free_on(device: torch.device) -> int:

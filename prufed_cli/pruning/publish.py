@@ -44,7 +44,12 @@ _WEIGHTS = (
 )
 """How the names of weight files end, whatever the format: those of the base stay behind."""
 
-_NOT_COPIED = {"config.json", "generation_config.json", "prufed.json", "README.md", REPORT_FILE}
+_TEMPLATES: Final = "additional_chat_templates"
+"""Where a tokenizer keeps the chat templates that are not its first."""
+
+GENERATION_FILE: Final = "generation_config.json"
+
+_NOT_COPIED = {"config.json", "prufed.json", "README.md", REPORT_FILE}
 
 
 @dataclass(frozen=True)
@@ -96,10 +101,9 @@ def masked_outcome(job: Job, skeleton: Skeleton, work: Work, made: int) -> Outco
         for name in before.shapes.keys() - shapes.keys():
             masks[name], shapes[name] = packed[name], before.shapes[name]
             kept += count(before[name])
-    total = sum(math.prod(shape) for shape in shapes.values())
     details: dict[str, Any] = {
         "result": "masked",
-        "sparsity": round(1 - kept / total, 6) if total else 0.0,
+        "sparsity": _sparsity(kept, shapes),
         "layers": config.num_hidden_layers,
     }
     if "kept_layers" in job.base.manifest.details:
@@ -113,6 +117,12 @@ def masked_outcome(job: Job, skeleton: Skeleton, work: Work, made: int) -> Outco
     uses = Counter(saved.values())  # of one tensor that is several parameters, no mask is the mask
     others = {name: other for name, other in saved.items() if name != other and uses[other] == 1}
     return Outcome(skeleton.model, tensors, masks, shapes, others, details, report, seconds)
+
+
+def _sparsity(kept: int, shapes: Mapping[str, Sequence[int]]) -> float:
+    """Return the share of the entries of masked matrices that are gone."""
+    total = sum(math.prod(shape) for shape in shapes.values())
+    return round(1 - kept / total, 6) if total else 0.0
 
 
 def sliced_outcome(job: Job, skeleton: Skeleton, result: KeptLayers) -> Outcome:
@@ -137,12 +147,15 @@ def sliced_outcome(job: Job, skeleton: Skeleton, result: KeptLayers) -> Outcome:
     masks: dict[str, StoredTensor] = {}
     shapes: dict[str, Sequence[int]] = {}
     others: dict[str, str] = {}
+    kept = 0
     if (job.base.path / MASKS_FILE).is_file():
         packed = stored_tensors(job.base.path / MASKS_FILE)
-        for name, shape in MaskFile(job.base.path / MASKS_FILE).shapes.items():
+        earlier = MaskFile(job.base.path / MASKS_FILE)
+        for name, shape in earlier.shapes.items():
             local = to_local(name, result.layers)
             if local is not None:
                 masks[local], shapes[local] = packed[name], shape
+                kept += count(earlier[name])
                 other = to_local(skeleton.saved_name(name), result.layers)
                 if other is not None and other != local:
                     others[local] = other
@@ -152,7 +165,13 @@ def sliced_outcome(job: Job, skeleton: Skeleton, result: KeptLayers) -> Outcome:
         "kept_layers": [upstream[layer] for layer in result.layers],
         "layers": len(result.layers),
     }
-    report: dict[str, Any] = {"result": "sliced", "kept_layers": list(result.layers)}
+    if masks:  # what an earlier prune masked stays masked, in the layers that stay
+        details |= {"result": "masked", "sparsity": _sparsity(kept, shapes)}
+    report: dict[str, Any] = {
+        "result": "sliced",
+        "kept_layers": list(result.layers),
+        "layers_before": before,
+    }
     if result.scores is not None:
         report["scores"] = list(result.scores)
     return Outcome(model, tensors, masks, shapes, others, details, report, {})
@@ -209,7 +228,7 @@ def publish(
         metrics["matrix_seconds"] = dict(outcome.seconds)
     with job.registry.stage() as staging:
         with job.reporter.task("write the sub-model"), storage_errors("write the sub-model"):
-            _write(staging.path, job, outcome)
+            _write(staging.path, job, made, outcome)
         outcome.report.update(score(staging.path))
         report = json.dumps(outcome.report, indent=1) + "\n"
         (staging.path / REPORT_FILE).write_text(report)
@@ -225,12 +244,40 @@ def publish(
         )
 
 
+def made_before(job: Job, made: Made) -> Artifact | None:
+    """Return what the same recipe made before, under any name or the one asked for."""
+    from prufed_registry import Parent, fingerprint
+
+    parents = [Parent(ref=job.base.ref, digest=job.base.digest)]
+    recipe = fingerprint("pruned", parents, made.recipe)
+    return job.registry.find(recipe, kind="pruned", name=made.request.name)
+
+
 def copy_tokenizer(source: Path, directory: Path) -> None:
-    """Copy what lies beside a model's weights and configuration: tokenizer, template, licence."""
+    """Copy what lies beside a model's weights and configuration: tokenizer, templates, licence."""
     for file in sorted(source.iterdir()):
         skipped = file.name in _NOT_COPIED or file.name.endswith(_WEIGHTS)
         if file.is_file() and not skipped:
             shutil.copyfile(file, directory / file.name)
+    for template in sorted(source.glob(f"{_TEMPLATES}/*.jinja")):
+        (directory / _TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(template, directory / _TEMPLATES / template.name)
+
+
+def write_generation_config(source: Path, directory: Path) -> None:
+    """Write how a model generates where no file of its own says so, which has been copied.
+
+    Older models say it in ``config.json``. It is written as it is: transformers refuses to save
+    what it would only warn of, such as a temperature without sampling.
+    """
+    from transformers import GenerationConfig
+
+    if (directory / GENERATION_FILE).exists():
+        return
+    said = GenerationConfig.from_pretrained(
+        source, config_file_name="config.json", local_files_only=True
+    )
+    said.to_json_file(directory / GENERATION_FILE)
 
 
 def read_report(artifact: Artifact) -> dict[str, Any]:
@@ -263,26 +310,38 @@ def default_name(base: Artifact, request: PruneRequest) -> str:
     return f"{slug(base.name, max(_LONGEST_NAME - len(how) - 1, 2))}-{how}"
 
 
-def _write(directory: Path, job: Job, outcome: Outcome) -> None:
+def _write(directory: Path, job: Job, made: Made, outcome: Outcome) -> None:
     """Write every weight in its own dtype, the tokenizer's files as they are, and the masks."""
     specs = {name: Spec(one.dtype, one.shape) for name, one in outcome.tensors.items()}
     write_checkpoint(directory, specs, outcome.tensors.__getitem__, job.options.largest_file)
     stated = stated_dtype(job.base) or str(job.dtype).removeprefix("torch.")
-    _write_configuration(directory, outcome.model, stated)
+    lacking = _write_configuration(directory, outcome.model, stated)
+    if lacking and made is job.made[0]:
+        job.reporter.note(f"layers for multi-token prediction are left out: {lacking} is now 0")
     copy_tokenizer(job.base.path, directory)
+    if outcome.model.can_generate():
+        write_generation_config(job.base.path, directory)
     if outcome.masks:
         _write_masks(directory / MASKS_FILE, outcome)
     if outcome.details["result"] == "masked":
         outcome.details["masks_digest"] = _masks_digest(directory / MASKS_FILE, outcome)
 
 
-def _write_configuration(directory: Path, model: PreTrainedModel, dtype: str) -> None:
+def _write_configuration(directory: Path, model: PreTrainedModel, dtype: str) -> str | None:
+    """Write what a sub-model is; return what counted layers that are not part of it, if anything.
+
+    Layers for multi-token prediction lie beside a model's own, and only what the model itself has
+    is carried over. A model whose code builds them has them.
+    """
+    from prufed_cli.models.slicing import forget_predictors
+
     config = copy.deepcopy(model.config)
+    built = any("mtp" in name for name, _ in model.named_parameters())
+    lacking = None if built else forget_predictors(config)
     config.dtype = dtype
     config.architectures = [type(model).__name__]
     config.save_pretrained(directory)
-    if model.can_generate():
-        model.generation_config.save_pretrained(directory)
+    return lacking
 
 
 def _write_masks(path: Path, outcome: Outcome) -> None:
@@ -300,14 +359,13 @@ def _masks_digest(path: Path, outcome: Outcome) -> str:
 
 
 def _card(request: PruneRequest, base: Artifact, details: Mapping[str, Any]) -> str:
+    removed, speed = [], []
+    if "kept_layers" in details:
+        removed.append(f"it keeps the decoder layers {details['kept_layers']} of the full model")
+        speed.append("Fewer layers make it smaller and faster in proportion.")
     if details["result"] == "masked":
-        removed = f"{details['sparsity']:.2%} of the entries of its decoder matrices are zero"
-        speed = (
-            "Zeros are stored explicitly: with dense kernels the model is no faster than its base."
-        )
-    else:
-        removed = f"it keeps the decoder layers {details['kept_layers']} of its base"
-        speed = "Fewer layers make it smaller and faster in proportion."
+        removed.append(f"{details['sparsity']:.2%} of the entries of its decoder matrices are zero")
+        speed.append("Zeros are stored explicitly: with dense kernels they make nothing faster.")
     metadata = {
         "library_name": "transformers",
         "tags": ["prufed", "pruned"],
@@ -316,6 +374,7 @@ def _card(request: PruneRequest, base: Artifact, details: Mapping[str, Any]) -> 
     return render_card(
         metadata,
         f"# {base.name}, pruned with {request.method}\n\n"
-        f"A sub-model of `{base.ref}` ({base.digest}): {removed}. {speed}\n\n"
+        f"A sub-model of `{base.ref}` ({base.digest}): {'; '.join(removed)}. "
+        f"{' '.join(speed)}\n\n"
         "`prufed.json` holds the recipe, the parents' digests and the digest of every file.",
     )

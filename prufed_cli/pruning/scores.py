@@ -23,7 +23,6 @@ from prufed_cli.pruning.memory import available_memory
 from prufed_cli.pruning.plan import scored_at_once, scoring_bytes
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from prufed_registry import Artifact
@@ -33,7 +32,6 @@ def streamed_perplexity(
     directory: Path,
     base: Artifact,
     text: ScoredText,
-    dtype: torch.dtype,
     options: Options,
     spill: Path,
     *,
@@ -47,7 +45,6 @@ def streamed_perplexity(
         directory: the model, the base itself or what was made of it.
         base: what is pruned, to be named in errors.
         text: what to score.
-        dtype: what the model is stored in.
         options: device, dtype to compute in and memory.
         spill: where activations wait that do not fit.
         reporter: told how far it is.
@@ -63,7 +60,7 @@ def streamed_perplexity(
     tokens = text.tokens
     check_token_ids(model, int(tokens.max()))
     length, width = model_window(model), options.compute.itemsize
-    decoder = StreamedDecoder(skeleton, dtype, options.device, Activations())
+    decoder = StreamedDecoder(skeleton, options.device, Activations())
     batches = list(windows(tokens, length, scored_at_once(skeleton, decoder, width)))
     held = len(tokens) * model.config.get_text_config().hidden_size * width
     budget = available_memory() if options.max_memory is None else options.max_memory

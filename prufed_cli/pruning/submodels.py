@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Final, TypedDict, Unpack
 
 from prufed_cli.errors import USAGE, PrufedError
 from prufed_cli.progress import SILENT, Reporter
@@ -27,6 +26,10 @@ if TYPE_CHECKING:
     from prufed_cli.pruning.plan import Plan
     from prufed_plugins.api import Pruner, PruneTarget
     from prufed_registry import Artifact, Registry
+
+
+_ANY: Final[Mapping[str, Any]] = dict.fromkeys(("sparsity", "pattern", "layers", "name"))
+"""What requests of sub-models that are made together may differ in, and nothing in its place."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +101,15 @@ def prune_several(
         One result per request, in their order.
 
     Raises:
-        PrufedError: as :func:`prune`; or the method cannot make nested sub-models.
+        PrufedError: as :func:`prune`; the requests differ in more than target and name; or the
+            method cannot make nested sub-models.
     """
+    from prufed_cli.pruning.publish import made_before
+    from prufed_cli.pruning.work import sweep
+
     whole = _job(requests, options)
     force = whole.options.force
-    known = [None if force else _known(whole, made) for made in whole.made]
+    known = [None if force else made_before(whole, made) for made in whole.made]
     results = {index: _reused(whole, one) for index, one in enumerate(known) if one is not None}
     wanted = [index for index in range(len(whole.made)) if index not in results]
     if whole.nested and wanted:
@@ -110,6 +117,7 @@ def prune_several(
     elif not whole.nested:
         for index in wanted:
             results |= _run(replace(whole, made=(whole.made[index],)), [0], [index])
+    sweep(whole.workplace)
     return [results[index] for index in range(len(whole.made))]
 
 
@@ -122,8 +130,12 @@ def plan_prune(requests: Sequence[PruneRequest], **options: Unpack[PruneOptions]
         PrufedError: as :func:`prune_several`.
     """
     from prufed_cli.pruning.passes import plan_pass
+    from prufed_cli.pruning.publish import made_before
 
     whole = _job(requests, options)
+    if not whole.options.force:
+        for known in filter(None, (made_before(whole, made) for made in whole.made)):
+            whole.reporter.note(_made_before(known))
     if whole.nested:
         return plan_pass(whole)
     plan = plan_pass(replace(whole, made=whole.made[:1]))
@@ -131,14 +143,18 @@ def plan_prune(requests: Sequence[PruneRequest], **options: Unpack[PruneOptions]
 
 
 def _run(job: Job, wanted: Sequence[int], indices: Sequence[int]) -> dict[int, PruneResult]:
-    """Run one pass and return what it published, under the requests' indices."""
+    """Run one pass and return what came of it, under the requests' indices."""
     from prufed_cli.pruning.passes import run_pass
     from prufed_cli.pruning.publish import read_report
 
-    return {
-        index: PruneResult(artifact, reused=False, report=read_report(artifact))
-        for index, artifact in zip(indices, run_pass(job, wanted), strict=True)
-    }
+    came = run_pass(job, wanted)
+    results = (
+        _reused(job, artifact)
+        if reused
+        else PruneResult(artifact, reused=False, report=read_report(artifact))
+        for artifact, reused in came
+    )
+    return dict(zip(indices, results, strict=True))
 
 
 def _job(requests: Sequence[PruneRequest], options: PruneOptions) -> Job:
@@ -146,7 +162,6 @@ def _job(requests: Sequence[PruneRequest], options: PruneOptions) -> Job:
     from prufed_cli.evaluation.perplexity import read_text
     from prufed_cli.home import open_registry
     from prufed_cli.models.base import choose_device, choose_dtype, find_base, stored_dtype
-    from prufed_cli.pruning.work import sweep
 
     reporter = options.get("reporter", SILENT)
     nested = options.get("nested", False)
@@ -179,7 +194,6 @@ def _job(requests: Sequence[PruneRequest], options: PruneOptions) -> Job:
     job = Job(
         made, nested, pruner, base, stored, calibration, scored, None, registry, how, reporter
     )
-    sweep(job.workplace)
     return job if scored is None else replace(job, score=_score(job, scored))
 
 
@@ -203,6 +217,13 @@ def _checked(
     from prufed_plugins.discover import build, canonical
     from prufed_registry.names import check_name
 
+    common = [replace(one, **_ANY) for one in requests]
+    if any(one != common[0] for one in common):
+        raise PrufedError(
+            "sub-models that are made together differ in their targets and names alone",
+            "call prune() for each of them",
+            USAGE,
+        )
     for request in requests:
         if request.name is not None:
             check_name(request.name)
@@ -234,7 +255,6 @@ def _score(job: Job, text: ScoredText) -> Score:
             directory,
             job.base,
             text,
-            job.dtype,
             job.options,
             job.workplace,
             reporter=job.reporter,
@@ -250,15 +270,17 @@ def _calibration(
     options: PruneOptions,
     reporter: Reporter,
 ) -> Calibration | None:
-    from prufed_cli.models.base import check_configuration, load_tokenizer, positions_of
+    from prufed_cli.models.base import load_tokenizer, open_configuration, positions_of
     from prufed_cli.models.calibration import LONGEST, calibration_batches
 
     if not pruner.needs_calibration:
         if request.calibration is not None:
             reporter.warn(f"{request.method} does not calibrate; {request.calibration} is not read")
         return None
-    config = json.loads((base.path / "config.json").read_text(encoding="utf-8"))
-    positions = positions_of(config.get("text_config", config))
+    trust = options.get("trust_remote_code", False)
+    # before the tokenizer is opened, whose errors would speak of itself
+    config = open_configuration(base, trust_remote_code=trust)
+    positions = positions_of(config.get_text_config().to_dict())
     if request.length is not None and positions is not None and request.length > positions:
         raise PrufedError(
             f"calibration length {request.length} is more than the {positions} positions of "
@@ -266,8 +288,6 @@ def _calibration(
             f"use --length {positions} or less",
             USAGE,
         )
-    trust = options.get("trust_remote_code", False)
-    check_configuration(base, trust_remote_code=trust)  # a tokenizer's errors would speak of itself
     with reporter.task("read calibration text"):
         found = calibration_batches(
             request.calibration,
@@ -282,17 +302,12 @@ def _calibration(
     return found
 
 
-def _known(job: Job, made: Made) -> Artifact | None:
-    """Return what the same recipe made before, under any name or the one asked for."""
-    from prufed_registry import Parent, fingerprint
-
-    parents = [Parent(ref=job.base.ref, digest=job.base.digest)]
-    recipe = fingerprint("pruned", parents, made.recipe)
-    return job.registry.find(recipe, kind="pruned", name=made.request.name)
-
-
 def _reused(job: Job, known: Artifact) -> PruneResult:
     from prufed_cli.pruning.publish import read_report
 
-    job.reporter.note(f"{known.ref} was made by the same recipe; --force makes it again")
+    job.reporter.note(_made_before(known))
     return PruneResult(known, reused=True, report=read_report(known))
+
+
+def _made_before(known: Artifact) -> str:
+    return f"{known.ref} was made by the same recipe; --force makes it again"

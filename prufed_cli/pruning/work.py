@@ -3,8 +3,8 @@
 ``<home>/prunes/<fingerprint>/`` belongs to one set of arguments on one base. Of every finished
 block it holds, per sub-model, the weights, the packed masks and the report's rows. The rows are
 written last: a block without them is not finished. A lock beside the directory keeps a second
-process out; what nobody has touched for two weeks is deleted by the next prune, the rest by
-``prufed gc --unfinished``.
+process out; what nobody has touched for two weeks is deleted once another prune is done, the
+rest by ``prufed gc --unfinished``.
 """
 
 from __future__ import annotations
@@ -27,6 +27,11 @@ KEPT_SECONDS: Final = 14 * 86400
 """How long unfinished work waits to be taken up."""
 
 _ATTEMPTS: Final = 100
+
+_PAUSE: Final = 0.2
+"""Seconds between two looks at work that another process has."""
+
+_ANEW: Final = "begun-anew.json"
 
 _ROWS: Final = "[0-9][0-9]-[0-9]*.json"
 """The files that mark a block as finished."""
@@ -104,6 +109,17 @@ class Work:
 
         write_atomically(file, (json.dumps(content) + "\n").encode())
 
+    @property
+    def begun_anew(self) -> bool:
+        """Whether :meth:`begin_anew` began it."""
+        return (self.path / _ANEW).is_file()
+
+    def begin_anew(self) -> None:
+        """Delete all that is in it, unless it was begun anew before and not finished since."""
+        if not self.begun_anew:
+            self.clear()
+            self.write(self.path / _ANEW, {})
+
     def clear(self) -> None:
         """Delete all that is in it."""
         for file in self.path.iterdir():
@@ -111,11 +127,15 @@ class Work:
 
 
 @contextmanager
-def take_work(workplace: Path, fingerprint: str) -> Iterator[Work]:
+def take_work(workplace: Path, fingerprint: str, told: Callable[[str], None]) -> Iterator[Work]:
     """Hold the work directory of a fingerprint; it is deleted at the end unless it holds a block.
 
+    Args:
+        workplace: where work is kept.
+        fingerprint: of the pass.
+        told: hears once that another process has it, which is waited for.
+
     Raises:
-        PrufedError: another process has it.
         RegistryError: the disk is full or refuses.
     """
     from filelock import FileLock
@@ -125,7 +145,7 @@ def take_work(workplace: Path, fingerprint: str) -> Iterator[Work]:
     path = workplace / fingerprint
     lock = FileLock(_lock_of(path), timeout=0, thread_local=False)
     with storage_errors("keep unfinished work"):
-        _acquire(lock, workplace)
+        _acquire(lock, workplace, told)
     try:
         with storage_errors("keep unfinished work"):
             path.mkdir(exist_ok=True)
@@ -140,25 +160,23 @@ def take_work(workplace: Path, fingerprint: str) -> Iterator[Work]:
         _remove_empty(workplace)
 
 
-def _acquire(lock: BaseFileLock, workplace: Path) -> None:
-    """Lock a file in the workplace, which a process that ends may remove at any moment.
-
-    Raises:
-        PrufedError: another process has it.
-    """
+def _acquire(lock: BaseFileLock, workplace: Path, told: Callable[[str], None]) -> None:
+    """Lock a file in the workplace, which a process that ends may remove at any moment."""
     from filelock import Timeout
 
-    for attempt in range(_ATTEMPTS):
+    waiting, missed = False, 0
+    while True:
         try:
             workplace.mkdir(parents=True, exist_ok=True)
             lock.acquire()
         except Timeout:
-            if Path(lock.lock_file).exists() or attempt + 1 == _ATTEMPTS:
-                raise PrufedError(
-                    "another process makes this sub-model right now", "wait until it has ended"
-                ) from None
+            if not waiting:
+                told("another process makes this sub-model right now; waiting for it")
+                waiting = True
+            time.sleep(_PAUSE)
         except (FileNotFoundError, FileExistsError):
-            if attempt + 1 == _ATTEMPTS:
+            missed += 1
+            if missed == _ATTEMPTS:
                 raise
         else:
             return

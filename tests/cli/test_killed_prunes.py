@@ -78,6 +78,8 @@ def test_killed_after_a_block(
     wait_for(child, lambda: finished(prufed_home) >= blocks)
     kill(child)
     done = finished(prufed_home)
+    assert f"resuming after block {done} of 4" in prufed(*slow, "--dry-run").out
+    assert json.loads(prufed(*slow, "--dry-run", "--json").out)["finished_blocks"] == done
     resumed = prufed(*slow)
     assert resumed.code == 0, resumed.err
     assert f"resuming after block {done} of 4" in resumed.err
@@ -85,8 +87,27 @@ def test_killed_after_a_block(
     anew = prufed(*slow, "--force")
     assert "resuming" not in anew.err
     assert resumed.out != anew.out
+    assert f"{anew.out.strip()} was made by the same recipe" in prufed(*slow, "--dry-run").err
     assert digest(registry, resumed.out) == digest(registry, anew.out)
     assert registry.verify() == []
+
+
+def test_a_forced_prune_goes_on_where_it_was_cut_off_itself(
+    fork: Start, prufed: Call, registry: Registry, prufed_home: Path, slow: tuple[object, ...]
+) -> None:
+    child = fork(*slow)
+    wait_for(child, lambda: finished(prufed_home) >= 1)
+    kill(child)
+    child = fork(*slow, "--force")
+    wait_for(child, lambda: any(prufed_home.glob("prunes/*/begun-anew.json")))
+    wait_for(child, lambda: finished(prufed_home) >= 1)
+    kill(child)
+    done = finished(prufed_home)
+    resumed = prufed(*slow, "--force")
+    assert f"resuming after block {done} of 4" in resumed.err
+    anew = prufed(*slow, "--force")
+    assert "resuming" not in anew.err
+    assert digest(registry, resumed.out) == digest(registry, anew.out)
 
 
 @pytest.mark.slow
@@ -195,14 +216,29 @@ def test_interrupted_says_that_the_same_command_goes_on(
     assert f"resuming after block {done} of 4" in prufed(*slow).err
 
 
-def test_two_processes_do_not_share_the_work(
+def test_two_processes_do_not_make_the_same_sub_model_twice(
     fork: Start, prufed: Call, registry: Registry, prufed_home: Path, slow: tuple[object, ...]
 ) -> None:
     child = fork(*slow)
     wait_for(child, lambda: finished(prufed_home) >= 1)
-    prufed(*slow).refused(1, "another process makes this sub-model right now")
+    waited = prufed(*slow)
+    assert "another process makes this sub-model right now; waiting for it" in waited.err
+    assert "tiny-sparsegpt-50@v1 was made by the same recipe" in waited.err
     out, _ = child.communicate()
+    assert out == waited.out == "tiny-sparsegpt-50@v1\n"
+    assert len(registry.list(kind="pruned")) == 1
+
+
+def test_a_process_goes_on_with_what_another_one_leaves_that_it_waits_for(
+    fork: Start, prufed: Call, registry: Registry, prufed_home: Path, slow: tuple[object, ...]
+) -> None:
+    first = fork(*slow)
+    wait_for(first, lambda: finished(prufed_home) >= 1)
+    second = fork(*slow)
+    kill(first)
+    out, err = second.communicate()
     assert out == "tiny-sparsegpt-50@v1\n"
+    assert "resuming after block" in err
 
 
 def test_old_work_is_swept(
@@ -218,6 +254,8 @@ def test_old_work_is_swept(
     for file in (*path.iterdir(), path):
         then = time.time() - KEPT_SECONDS - 60
         os.utime(file, (then, then))
+    assert prufed(*slow, "--dry-run").code == 0
+    assert path.is_dir()
     prufed(*fresh, "--force")
     assert not path.exists()
 

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from prufed_cli.config.documents import validated
+from prufed_cli.exporting import export_merged
 from prufed_cli.federation.artifacts import read_tensors
 from prufed_cli.federation.federate import federate
+from prufed_cli.models.base import MASKS_FILE, base_of
 from prufed_registry import Registry
 
 
@@ -75,6 +77,12 @@ def test_averaging_factors_is_averaging_products_under_ffa(
         torch.testing.assert_close(
             merged[other].double() @ A.double(), sum(products) / 2, rtol=1e-5, atol=1e-9
         )
+    # what fills the zeros of its base is not given out as if it had the masks of that base
+    half = registry.resolve("fed.half@v1")
+    assert (base_of(half, registry).path / MASKS_FILE).is_file()
+    directory = export_merged(half.ref, tmp_path / "half", registry=registry)
+    assert not (directory / MASKS_FILE).exists()
+    assert (directory / "model.safetensors").is_file()
 
 
 def test_a_factor_that_one_client_trains_does_not_rest(

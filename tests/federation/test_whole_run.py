@@ -14,7 +14,7 @@ from prufed_cli.config.documents import validated
 from prufed_cli.exporting import export_merged
 from prufed_cli.federation.artifacts import read_masks, read_tensors
 from prufed_cli.federation.federate import FederateResult, federate
-from prufed_cli.models.base import base_masks
+from prufed_cli.models.base import MASKS_FILE, base_masks
 from prufed_registry import Registry
 
 
@@ -121,6 +121,7 @@ def test_merging_keeps_the_sparsity_of_the_base_exactly(
         assert not merged[name][~mask].any()
     changed = "model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(merged[changed], before[changed])
+    assert (directory / MASKS_FILE).is_file()
 
 
 def test_journal_tells_the_whole_story(result: FederateResult) -> None:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
+import pytest
+import torch
+
+from prufed_plugins.api import PrunedMatrix
 from prufed_plugins.discover import build
+from prufed_plugins.entries import clear
+from prufed_plugins.params import SparseGPTParams
+from prufed_plugins.pruners.sparsegpt import SparseGPT
 from prufed_plugins.testing import check_pruner
 
 
@@ -62,3 +69,84 @@ def build_params() -> object:
     from prufed_plugins.params import MagnitudeParams
 
     return MagnitudeParams()
+
+
+class NeverRounds(SparseGPT):
+    def _prune_matrix(self, *args: Any, **options: Any) -> Any:
+        name, module, observed, targets, _, gone = args
+        return super()._prune_matrix(
+            name, module, observed, targets, torch.float32, gone, **options
+        )
+
+
+class ForgetsEarlierPrunes(SparseGPT):
+    def _prune_matrix(self, *args: Any, **options: Any) -> Any:
+        return super()._prune_matrix(*args[:-1], None, **options)
+
+
+class ReadsOutputsByInputs(SparseGPT):
+    """One that takes every weight to be (outputs, inputs)."""
+
+    @torch.no_grad()
+    def _prune_matrix(self, *args: Any, dense: bool) -> Any:
+        name, module, observed, targets, dtype, gone = args
+        if isinstance(module, torch.nn.Linear):
+            return super()._prune_matrix(*args, dense=dense)
+        found, results = observed.pop(name), []
+        for target in targets:
+            weight = module.weight.clone() if dense else module.weight
+            choice = self.choose(module.weight.float(), found, target, gone)
+            gone = choice.pruned.contiguous()
+            if choice.weight is not None:
+                weight.copy_(choice.weight.to(dtype))
+            clear(weight, ~gone)
+            results.append(PrunedMatrix(f"{name}.weight", weight, ~gone))
+        return tuple(results)
+
+
+@pytest.mark.parametrize(
+    ("broken", "failures"),
+    [
+        (
+            NeverRounds,
+            {
+                "new_weights_can_be_stored": "is not rounded to torch.bfloat16, which it is stored",
+                "goes_on_where_it_was_stopped": "differs, in a model stored in bfloat16",
+            },
+        ),
+        (
+            ForgetsEarlierPrunes,
+            {
+                "what_is_gone_goes_first": "has entries again that an earlier prune removed",
+                "nested_masks_lack_what_is_gone": "has entries again that an earlier prune removed",
+            },
+        ),
+        (
+            ReadsOutputsByInputs,
+            {
+                "pattern_is_met_or_refused": "gate.weight break 2:4, in a model of Conv1D",
+                "weights_keep_their_layout": "RuntimeError",
+            },
+        ),
+    ],
+)
+def test_a_pruner_that_breaks_one_clause_fails_there_alone(
+    broken: Any, failures: dict[str, str]
+) -> None:
+    outcome = check_pruner(lambda: broken(SparseGPTParams()))
+    found = {check.name: check.failure or "" for check in outcome.checks if not check.passed}
+    assert found.keys() == failures.keys()
+    for name, words in failures.items():
+        assert words in found[name]
+
+
+def test_weights_given_back_in_another_layout_are_found() -> None:
+    class Turned(SparseGPT):
+        def prune(self, *args: Any) -> Any:
+            for result in super().prune(*args):
+                turned = result.weight.t() if len(args[0].blocks) < 6 else result.weight
+                yield PrunedMatrix(result.name, turned, result.mask, result.report)
+
+    outcome = check_pruner(lambda: Turned(SparseGPTParams()))
+    [failure] = [one.failure for one in outcome.checks if one.name == "weights_keep_their_layout"]
+    assert failure == "the weight of model.layers.0.gate.weight is [24, 16], not [16, 24]"

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from prufed_plugins.api import PruneTarget
 from prufed_plugins.discover import build
 from prufed_plugins.errors import MethodError
-from prufed_plugins.pruners.owl import outlier_ratio, owl_sparsities
+from prufed_plugins.pruners.owl import outlier_ratio, outlier_ratios, owl_sparsities
 from prufed_plugins.testing.pruner import TinyDecoder, tokens
 
 METHODS = ["magnitude", "wanda", "sparsegpt"]
@@ -76,6 +80,70 @@ def test_the_outlier_ratio_is_taken_over_the_whole_block() -> None:
     expected = float((scores > 2 * scores.mean()).float().mean())
     assert 0 < expected < 1
     assert outlier_ratio(pairs, 2.0) == pytest.approx(expected)
+
+
+class Converting(TorchDispatchMode):
+    """Counts float32 copies of matrices of a shape, and how many of them there were at a time."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.made = self.most = self._alive = 0
+        self._shape = shape
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and made.shape == self._shape:
+            assert made.dtype == torch.float32
+            weakref.finalize(made, self._gone)
+            self.made, self._alive = self.made + 1, self._alive + 1
+            self.most = max(self.most, self._alive)
+        return made
+
+    def _gone(self) -> None:
+        self._alive -= 1
+
+
+def test_a_survey_holds_one_float32_matrix_at_a_time() -> None:
+    decoder = TinyDecoder()
+    wide = outlier_ratios(decoder, tokens(), names_of(decoder), 5.0, silent)
+    for module in (decoder.embedding, *decoder.blocks):
+        module.bfloat16()
+    with Converting((24, 16)) as converting:
+        ratios = outlier_ratios(decoder, tokens(), names_of(decoder), 5.0, silent)
+    assert converting.made == 2 * 2 * len(decoder.blocks)  # gate and up, in either pass
+    assert converting.most == 1
+    assert ratios == pytest.approx(wide, abs=0.01)
+
+
+def names_of(decoder: TinyDecoder) -> list[str]:
+    return [name for index in range(len(decoder.blocks)) for name in decoder.linears(index)]
+
+
+def test_a_survey_gives_what_all_matrices_together_give() -> None:
+    decoder = TinyDecoder()
+    seen: dict[str, list[Tensor]] = {}
+    for name in names_of(decoder):
+        module = decoder.linears(int(name.split(".")[2]))[name]
+        module.weight.data[::4, ::4] *= 8.0
+        module.register_forward_pre_hook(
+            lambda module, args, name=name: seen.setdefault(name, []).append(args[0].flatten(0, -2))
+        )
+    found = outlier_ratios(decoder, tokens(), names_of(decoder), 3.0, silent)
+    assert len(set(found)) > 1
+    for index, ratio in enumerate(found):
+        scores = torch.cat(
+            [
+                (module.weight.abs() * torch.cat(seen[name][:2]).norm(dim=0)).flatten()
+                for name, module in decoder.linears(index).items()
+            ]
+        )
+        assert ratio == pytest.approx(float((scores > 3 * scores.mean()).float().mean()), abs=1e-3)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -184,6 +184,22 @@ def test_of_equal_scores_the_higher_layers_go() -> None:
     assert gone(prune(still, "magnitude-layers", {"drop": 2})) == [4, 5]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("length", [3, 5, 7, 16])
+def test_layers_that_change_nothing_have_equal_contributions(length: int) -> None:
+    """In float32 the cosine of a state with itself is 1 up to rounding, which differs by state."""
+    decoder = TinyDecoder()
+    idle = [0, 2, 4]
+    for layer in idle:
+        decoder.blocks[layer].get_parameter("down.weight").zero_()
+    batches = [batch[:3, :length] for batch in tokens()]
+    result = prune(decoder, "contribution", {"drop": 1}, batches)
+    scores = result.scores or ()
+    assert [layer for layer, score in enumerate(scores) if score == 0] == idle
+    assert min(scores) == 0
+    assert gone(result) == [4]
+
+
 @given(st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=1, max_size=9), st.data())
 def test_the_lowest_scores(scores: list[float], data: st.DataObject) -> None:
     count = data.draw(st.integers(0, len(scores)))

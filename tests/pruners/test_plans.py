@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +14,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prufed_cli.pruning import PruneRequest, plan_prune
+from prufed_cli.errors import PrufedError
+from prufed_cli.models.activations import Activations
+from prufed_cli.models.skeleton import open_skeleton
+from prufed_cli.models.streaming import StreamedDecoder
+from prufed_cli.pruning import PruneRequest, plan_prune, prune
 from prufed_cli.pruning.estimate import BlockWork, Rates, block_seconds, measure_rates
+from prufed_cli.pruning.plan import layouts_of, look_at_layouts
+from prufed_plugins.pruners.collecting import embed, observe
+from prufed_plugins.pruners.hessian import InputHessian
+from tests.pruners.test_mixtures_of_experts import make_mixture
 
 RATES = Rates(product=1e-11, entry=2e-9, step=1e-6)
 WORK = BlockWork([(64, 32), (32, 64)], [32, 64], 1000, 0.5, 2, hessians=True, targets=1)
@@ -65,3 +75,114 @@ def test_plans_of_methods_are_in_the_order_of_their_work(
     seconds = [one.seconds for one in plans]
     assert seconds == sorted(seconds)
     assert all("time about 1 s" in one.lines()[-1] for one in plans)
+
+
+# --- mixtures whose first block is dense ---------------------------------------------------------
+
+DENSE_FIRST = ["deepseek_v2", "deepseek_v3", "dots1", "glm4_moe", "qwen3_moe"]
+
+
+def streamed(directory: Path) -> StreamedDecoder:
+    skeleton = open_skeleton(directory, "mixture", torch.float32)
+    return StreamedDecoder(skeleton, torch.device("cpu"), Activations())
+
+
+@pytest.mark.parametrize("name", DENSE_FIRST)
+def test_statistics_are_planned_for_the_block_that_gathers_most(
+    name: str, saved: Callable[..., Path], text: Path, ids: torch.Tensor
+) -> None:
+    base = saved(make_mixture(name))
+    decoder = streamed(base)
+    states, held = embed(decoder, [ids]), []
+    for index in range(3):
+        names = decoder.shapes(index).keys()
+        found = observe(decoder, index, names, InputHessian, states, advancing=True)
+        statistics = {id(one.statistic): one.statistic for one in found.values()}
+        held.append(sum(4 * one.columns**2 for one in statistics.values()))
+    assert held[0] < held[1]
+    wanted = PruneRequest(
+        base=str(base),
+        method="sparsegpt",
+        sparsity=0.5,
+        calibration=str(text),
+        samples=3,
+        length=24,
+    )
+    assert plan_prune([wanted], device="cpu").statistics >= max(held)
+
+
+def test_a_batch_is_planned_for_the_widest_block(saved: Callable[..., Path], text: Path) -> None:
+    changes = {"mlp_only_layers": [0], "shared_expert_intermediate_size": 512}
+    base = saved(make_mixture("qwen2_moe", **changes))
+    wanted = PruneRequest(
+        base=str(base), method="wanda", sparsity=0.5, calibration=str(text), samples=5, length=24
+    )
+    assert plan_prune([wanted], device="cpu").batch == 5 * 24 * (6 * 512 + 8 * 32) * 4
+
+
+def test_each_layout_is_looked_at_in_one_block_and_once(
+    saved: Callable[..., Path], ids: torch.Tensor
+) -> None:
+    decoder = streamed(saved(make_mixture("deepseek_v3", num_hidden_layers=4)))
+    layouts = layouts_of(decoder)
+    assert [layout.blocks for layout in layouts] == [(0,), (1, 2, 3)]
+    runs: Counter[tuple[int, int]] = Counter()  # by block and sequences
+
+    def slow(index: int) -> Callable[..., None]:
+        def hook(module: Any, args: Any, output: Any) -> None:
+            runs[index, len(output[0])] += 1
+            time.sleep(0.1 * (1 + index))  # longer than a small block is timed for
+
+        return hook
+
+    decoder.embed([ids])  # runs block 0, to see what blocks return
+    decoder.release()
+    released: list[int] = []
+    decoder.released = released.append
+    for index, block in enumerate(decoder.blocks):
+        block.get_submodule("self_attn").register_forward_hook(slow(index))
+    dense, mixed = look_at_layouts(decoder, ids, layouts)
+    decoder.release()
+    assert released == [0, 1]
+    assert runs == {(0, 1): 1, (1, 1): 1, (1, 3): 1}
+    assert 0.1 <= dense.token * 24 < 0.5
+    assert 0.2 <= mixed.token * 24 * 3 < 0.6
+    assert len(dense.groups) < len(mixed.groups)
+    assert sum(map(len, mixed.groups)) == len(mixed.shapes)
+
+
+# --- methods that read no weight -----------------------------------------------------------------
+
+POSITIONAL: list[tuple[str, dict[str, Any]]] = [
+    *((method, {"layers": 2}) for method in ("top", "bottom", "symmetric", "even-alternate")),
+    ("explicit", {"settings": {"layers": [0, 3]}}),
+]
+
+
+@pytest.mark.parametrize(("method", "target"), POSITIONAL)
+def test_what_reads_no_weight_needs_no_room_for_a_block(
+    llama: Any, saved: Callable[..., Path], method: str, target: dict[str, Any]
+) -> None:
+    wanted = PruneRequest(base=str(saved(llama)), method=method, **target)
+    plan = plan_prune([wanted], device="cpu", max_memory=10_000)
+    assert (plan.block, plan.batch, plan.statistics, plan.peak) == (0, 0, 0, 0)
+    assert "none of them is read" in plan.lines()[0]
+    assert prune(wanted, device="cpu", max_memory=10_000).report["kept_layers"]
+
+
+@pytest.mark.parametrize(
+    ("method", "scored"), [("top", True), ("magnitude-layers", False), ("contribution", False)]
+)
+def test_what_reads_weights_is_refused_without_room_for_a_block(
+    llama: Any, saved: Callable[..., Path], text: Path, method: str, scored: bool
+) -> None:
+    calibration = {"calibration": str(text), "samples": 2, "length": 24}
+    wanted = PruneRequest(
+        base=str(saved(llama)),
+        method=method,
+        layers=2,
+        perplexity=str(text) if scored else None,
+        **(calibration if method == "contribution" else {}),
+    )
+    with pytest.raises(PrufedError, match=r"more than the 10\.0 kB there may be"):
+        plan_prune([wanted], device="cpu", max_memory=10_000)

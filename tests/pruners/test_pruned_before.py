@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +14,15 @@ from hypothesis import settings as budget
 from hypothesis import strategies as st
 from torch import Tensor
 
+from prufed_cli.pruning import PruneRequest
+from prufed_cli.pruning import prune as prune_model
 from prufed_plugins.api import PrunedMatrix, PruneTarget
 from prufed_plugins.discover import build
 from prufed_plugins.pruners import magnitude, sparsegpt, wanda
 from prufed_plugins.pruners.hessian import InputHessian, InputNorms
 from prufed_plugins.pruners.selection import pruned_count
 from prufed_plugins.testing.pruner import TinyDecoder, tokens
+from prufed_registry import Registry
 
 CPU = torch.device("cpu")
 METHODS = ["magnitude", "wanda", "sparsegpt"]
@@ -142,3 +148,19 @@ def test_sparsegpt_makes_up_for_what_it_brings_back() -> None:
     gone = apart.pruned | forced
     worse = weight - apart.weight.masked_fill(gone, 0.0)
     assert exact < float((inputs @ worse.t()).square().sum()) / len(inputs)
+
+
+def test_zeros_that_are_kept_come_after_those_that_are_gone_in_the_whole_model(
+    llama: Any, saved: Callable[..., Path], prufed_home: Path
+) -> None:
+    """They are equal; given out in the order of matrices, both would be removed."""
+    registry = Registry(prufed_home / "registry")
+    with torch.no_grad():
+        for name, parameter in llama.named_parameters():
+            if "layers.0.mlp" in name:
+                parameter[:, ::2] = 0.0
+    ask = PruneRequest(base=str(saved(llama)), method="magnitude", sparsity=0.3)
+    rows = prune_model(replace(ask, settings={"group": "row"}), registry=registry).artifact
+    more = replace(ask, base=rows.ref, sparsity=0.31, settings={"group": "global"})
+    details = prune_model(more, registry=registry).artifact.manifest.details
+    assert details["sparsity"] == pytest.approx(0.31, abs=1e-4)

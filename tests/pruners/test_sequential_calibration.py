@@ -253,3 +253,19 @@ def test_every_token_is_as_likely_to_be_sampled_as_any_other() -> None:
     assert torch.bincount(batches).max() < 20  # 8 each
     norms.add(torch.empty(0, 2))
     assert norms.tokens == 16 * 1024
+
+
+def test_a_large_bias_in_half_precision_does_not_hide_the_error() -> None:
+    """The outputs are rounded beside the bias: what they are without it is not read from them."""
+    decoder = TinyDecoder(1)
+    gate = decoder.blocks[0].get_submodule("gate")
+    gate.bias = torch.nn.Parameter(torch.full((gate.get_parameter("weight").shape[0],), 3000.0))
+    errors = []
+    for dtype in (torch.float32, torch.bfloat16):
+        run = copy.deepcopy(decoder)
+        for block in (run.embedding, *run.blocks):
+            block.to(dtype)
+        results = build("pruner", "sparsegpt", {}).prune(run, tokens(), HALF, lambda *_: None)
+        errors += [one.report["error"] for one in results if one.name.endswith("gate.weight")]
+    exact, found = errors
+    assert found == pytest.approx(exact, rel=0.1)

@@ -8,28 +8,35 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    BambaConfig,
     BertConfig,
     BertForMaskedLM,
     DiffLlamaConfig,
     Gemma3Config,
+    Gemma4TextConfig,
+    Glm4MoeConfig,
     GptOssConfig,
     GraniteMoeConfig,
     HunYuanMoEV1Config,
+    Lfm2Config,
+    Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
+    Qwen3_5TextConfig,
     xLSTMConfig,
 )
 
-from prufed_cli.errors import PrufedError
+from prufed_cli.errors import USAGE, PrufedError
 from prufed_cli.exporting import export_packed
 from prufed_cli.importing import import_directory
 from prufed_cli.models.base import MASKS_FILE
 from prufed_cli.packing.directories import PACKED
 from prufed_cli.packing.files import read_packed
-from prufed_cli.pruning import PruneRequest, PruneResult, prune
+from prufed_cli.progress import Reporter
+from prufed_cli.pruning import PruneRequest, PruneResult, prune, prune_several
 from prufed_plugins.masks import MaskFile, load_masks
 from tests.pruners.conftest import SHAPE, make_model
 
@@ -258,6 +265,164 @@ def test_layers_are_dropped_whatever_they_hold(kind: str, saved: Save, text: Pat
         prune(PruneRequest(base=str(base), method="magnitude", sparsity=0.5), device="cpu")
     with pytest.raises(PrufedError, match="is not a linear module's weight"):
         prune(PruneRequest(base=str(base), method="magnitude-layers", layers=1), device="cpu")
+
+
+def llama4(step: int) -> Any:
+    return Llama4TextConfig(
+        **(SHAPE | {"head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2}),
+        interleave_moe_layer_step=step,
+        no_rope_layer_interval=2,
+        attention_chunk_size=8,
+        pad_token_id=0,
+    )
+
+
+def bamba() -> Any:
+    return BambaConfig(
+        **SHAPE,
+        attn_layer_indices=[1, 4],
+        mamba_n_heads=4,
+        mamba_d_head=16,
+        mamba_d_state=8,
+        mamba_chunk_size=8,
+    )
+
+
+def gemma4() -> Any:
+    return Gemma4TextConfig(
+        **(SHAPE | {"head_dim": 8, "sliding_window": 8}),
+        global_head_dim=16,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        hidden_size_per_layer_input=0,
+        vocab_size_per_layer_input=97,
+        attention_k_eq_v=True,
+        num_global_key_value_heads=1,
+    )
+
+
+KEEP_THREE = {"layers": [2, 3, 5]}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("config", "method", "settings"),
+    [
+        (lambda: llama4(1), "symmetric", {}),
+        (lambda: llama4(1), "even-alternate", {}),
+        (lambda: llama4(1), "explicit", KEEP_THREE),
+        (lambda: llama4(2), "symmetric", {}),
+        (lambda: llama4(2), "even-alternate", {}),
+        (lambda: llama4(2), "explicit", KEEP_THREE),
+        (bamba, "symmetric", {}),
+        (bamba, "even-alternate", {}),
+        (bamba, "explicit", {"layers": [0, 3, 4]}),
+        (gemma4, "bottom", {}),
+        (gemma4, "explicit", KEEP_THREE),
+    ],
+)
+def test_layers_that_a_configuration_lists_by_number(
+    config: Callable[[], Any], method: str, settings: dict[str, Any], saved: Save
+) -> None:
+    torch.manual_seed(0)
+    base = saved(AutoModelForCausalLM.from_config(config()).eval())
+    layers = None if settings else 2
+    wanted = PruneRequest(base=str(base), method=method, layers=layers, settings=settings)
+    made = prune(wanted, device="cpu")
+    sliced, loading = AutoModelForCausalLM.from_pretrained(
+        made.artifact.path, output_loading_info=True
+    )
+    assert not any(loading[key] for key in ("missing_keys", "unexpected_keys"))
+    reference = AutoModelForCausalLM.from_pretrained(base)
+    for layer, block in enumerate(reference.model.layers):
+        if layer not in made.report["kept_layers"]:
+            block.register_forward_hook(
+                lambda _, inputs, output: (
+                    (inputs[0], *output[1:]) if isinstance(output, tuple) else inputs[0]
+                )
+            )
+    ids = torch.arange(1, 21)[None]
+    expected = reference(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(sliced(input_ids=ids, use_cache=False).logits, expected)
+    written = sliced.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
+    assert int(written[0, -1]) == int(expected[0, -1].argmax())
+
+
+HYBRIDS: dict[str, Callable[[], Any]] = {
+    "lfm2": lambda: Lfm2Config(
+        **plain(), layer_types=["conv", "full_attention", "conv", "conv"], pad_token_id=0
+    ),
+    "qwen3_5_text": lambda: Qwen3_5TextConfig(
+        **plain(head_dim=8),
+        layer_types=["linear_attention", "full_attention"] + ["linear_attention"] * 2,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_a_hybrid_keeps_an_attention_layer(kind: str, saved: Save) -> None:
+    """Without one, the cache knows no length, and ``generate`` fails."""
+    base = saved(AutoModelForCausalLM.from_config(HYBRIDS[kind]()).eval())
+    with pytest.raises(PrufedError, match=f"a {kind} model would have no attention") as refusal:
+        keep(base, 0, 2, 3)
+    assert refusal.value.exit_code == USAGE
+    assert refusal.value.hint == "keep one of layers 1"
+    model = AutoModelForCausalLM.from_pretrained(keep(base, 0, 1).artifact.path)
+    ids = torch.arange(1, 6)[None]
+    assert model.generate(ids, max_new_tokens=2, pad_token_id=0).shape[1] > 5
+
+
+def test_layers_for_multi_token_prediction_are_not_counted(saved: Save, text: Path) -> None:
+    """They are stored as layers after the last, which the model itself has no parameters for."""
+
+    class Heard(Reporter):
+        def __init__(self) -> None:
+            self.notes: list[str] = []
+
+        def note(self, message: str) -> None:
+            self.notes.append(message)
+
+    config = Glm4MoeConfig(
+        **(plain(head_dim=8) | {"num_hidden_layers": 3}),
+        first_k_dense_replace=3,
+        num_nextn_predict_layers=1,
+        n_routed_experts=2,
+        moe_intermediate_size=16,
+    )
+    base = saved(AutoModelForCausalLM.from_config(config).eval())
+    weights = load_file(base / "model.safetensors")
+    weights |= {
+        name.replace("layers.2.", "layers.3."): tensor.clone()
+        for name, tensor in weights.items()
+        if "layers.2." in name
+    }
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    heard = Heard()
+    dropped = PruneRequest(base=str(base), method="top", layers=1)
+    masked = [
+        PruneRequest(
+            base=str(base),
+            method="sparsegpt",
+            sparsity=sparsity,
+            calibration=str(text),
+            samples=4,
+            length=24,
+        )
+        for sparsity in (0.5, 0.75)
+    ]
+    made = [prune(dropped, device="cpu", reporter=heard)]
+    made += prune_several(masked, device="cpu", nested=True, reporter=heard)
+    said = "layers for multi-token prediction are left out: num_mtp_layers is now 0"
+    assert heard.notes.count(said) == 2  # once in every pass
+    for one in made:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            one.artifact.path, output_loading_info=True
+        )
+        assert model.config.num_mtp_layers == model.config.num_nextn_predict_layers == 0
+        assert not any(loading[key] for key in ("missing_keys", "unexpected_keys"))
 
 
 def test_a_configuration_that_counts_layers_twice_is_refused(saved: Save, text: Path) -> None:

@@ -44,7 +44,7 @@ from prufed_cli.pruning import (
     prune_several,
 )
 from prufed_cli.pruning.job import Options, ScoredText
-from prufed_cli.pruning.plan import look_at_block
+from prufed_cli.pruning.plan import layouts_of, look_at_layouts
 from prufed_cli.pruning.scores import streamed_perplexity
 from prufed_plugins.api import PruneTarget
 from prufed_plugins.discover import build
@@ -202,7 +202,7 @@ def test_a_large_sub_model_is_written_in_shards_that_open(
 
 def streamed(directory: Path, activations: Activations | None = None) -> StreamedDecoder:
     skeleton = open_skeleton(directory, "tiny", torch.float32)
-    return StreamedDecoder(skeleton, torch.float32, CPU, activations or Activations())
+    return StreamedDecoder(skeleton, CPU, activations or Activations())
 
 
 def test_one_block_is_in_memory_at_a_time(llama: Any, saved: Save, ids: Tensor) -> None:
@@ -219,7 +219,8 @@ def test_one_block_is_in_memory_at_a_time(llama: Any, saved: Save, ids: Tensor) 
 def test_freed_inputs_do_not_pass_for_shared_ones(llama: Any, saved: Save, ids: Tensor) -> None:
     """A block that copies its input for every matrix: Python uses the memory of each copy again."""
     decoder = streamed(saved(llama))
-    assert sorted(len(group) for group in look_at_block(decoder, ids[:1])[0]) == [1, 1, 2, 3]
+    (layout,) = look_at_layouts(decoder, ids[:1], layouts_of(decoder))
+    assert sorted(len(group) for group in layout.groups) == [1, 1, 2, 3]
     linears = decoder.linears(0)
 
     def forward(hidden: Tensor, **arguments: Any) -> Tensor:
@@ -228,7 +229,8 @@ def test_freed_inputs_do_not_pass_for_shared_ones(llama: Any, saved: Save, ids: 
         return hidden
 
     decoder.blocks[0].forward = forward
-    assert len(look_at_block(decoder, ids[:1])[0]) == len(linears) == 7
+    (layout,) = look_at_layouts(decoder, ids[:1], layouts_of(decoder))
+    assert len(layout.groups) == len(linears) == 7
 
 
 def loaded_parameters(decoder: StreamedDecoder) -> list[str]:
@@ -304,7 +306,7 @@ def test_streamed_perplexity_is_the_perplexity(
     base = find_base(str(saved(new_model(architecture))), registry)
     file, tokenizer, options = read_text(text), load_tokenizer(base), Options(CPU, torch.float32)
     scored = ScoredText(file, tokenize(tokenizer, file))
-    found = streamed_perplexity(base.path, base, scored, torch.float32, options, tmp_path)
+    found = streamed_perplexity(base.path, base, scored, options, tmp_path)
     expected = measure_perplexity(load_model(base, device="cpu"), tokenizer, file)
     assert found.value == pytest.approx(expected.value, rel=1e-6)
     assert (found.tokens, found.bytes, found.window) == (
@@ -618,7 +620,7 @@ def test_on_cuda_one_block_is_on_the_device_and_activations_are_on_the_host(
 ) -> None:
     base = saved(llama)
     skeleton = open_skeleton(base, "tiny", torch.float32)
-    decoder = StreamedDecoder(skeleton, torch.float32, torch.device("cuda"), Activations())
+    decoder = StreamedDecoder(skeleton, torch.device("cuda"), Activations())
     states = decoder.embed([ids])
     assert states[0][0].device.type == "cpu"
     decoder.linears(2)

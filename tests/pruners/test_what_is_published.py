@@ -11,16 +11,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig
 
 from prufed_cli.errors import USAGE, PrufedError
 from prufed_cli.main import main
 from prufed_cli.models.base import slug
 from prufed_cli.progress import Reporter, Task
-from prufed_cli.pruning import PruneRequest, PruneResult, prune
+from prufed_cli.pruning import PruneRequest, PruneResult, prune, prune_several
 from prufed_cli.pruning.passes import run_pass
 from prufed_cli.pruning.submodels import _job
 from prufed_plugins.api import KeptLayers, PrunedMatrix
 from prufed_plugins.errors import MethodError
+from prufed_plugins.masks import MaskFile
+from prufed_plugins.masks import digest as masks_digest
 from prufed_registry import Registry
 from prufed_registry.names import check_name
 
@@ -104,6 +107,68 @@ def test_weights_in_other_formats_stay_behind(llama: Any, saved: Save, registry:
     }
     assert not there & set(formats)
     assert {"LICENSE", "chat_template.jinja", "merges.txt", "tokenizer.json"} <= there
+
+
+def test_chat_templates_and_how_to_generate_come_along_as_they_are(
+    llama: Any, saved: Save, registry: Registry
+) -> None:
+    """Some releases of transformers refuse to save such a file: a temperature without sampling."""
+    path = saved(llama)
+    (path / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6}')
+    (path / "additional_chat_templates").mkdir()
+    (path / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    made = prune(magnitude(path), registry=registry).artifact.path
+    for name in ("generation_config.json", "additional_chat_templates/tools.jinja"):
+        assert (made / name).read_bytes() == (path / name).read_bytes()
+
+
+def test_how_to_generate_may_stand_in_the_configuration(
+    llama: Any, saved: Save, registry: Registry
+) -> None:
+    path = saved(llama)
+    (path / "generation_config.json").unlink()
+    configuration = json.loads((path / "config.json").read_text())
+    told = {"temperature": 0.9, "do_sample": True, "max_length": 33}
+    (path / "config.json").write_text(json.dumps({**configuration, **told}))
+    made = prune(magnitude(path), registry=registry).artifact.path
+    opened = GenerationConfig.from_pretrained(made)
+    assert {key: getattr(opened, key) for key in told} == told
+
+
+def test_what_was_masked_stays_masked_when_layers_are_dropped(
+    llama: Any, saved: Save, registry: Registry
+) -> None:
+    masked = prune(magnitude(saved(llama), sparsity=0.75), registry=registry).artifact
+    request = PruneRequest(base=masked.ref, method="top", layers=1)
+    sliced = prune(request, registry=registry).artifact
+    details, earlier = sliced.manifest.details, masked.manifest.details
+    assert details["result"] == "masked"
+    assert details["sparsity"] == pytest.approx(earlier["sparsity"], abs=1e-4)
+    assert details["kept_layers"] == list(range(earlier["layers"] - 1))
+    masks = MaskFile(sliced.path / "prufed-masks.safetensors")
+    assert details["masks_digest"] == masks_digest(masks)
+    card = (sliced.path / "README.md").read_text()
+    assert f"it keeps the decoder layers {details['kept_layers']}" in card
+    assert "75.00% of the entries" in card
+
+
+def test_requests_that_differ_in_their_method_are_not_made_together(
+    llama: Any, saved: Save, registry: Registry
+) -> None:
+    half = magnitude(saved(llama))
+    for other in (replace(half, method="wanda"), replace(half, base="elsewhere")):
+        with pytest.raises(PrufedError, match="differ in their targets and names alone"):
+            prune_several([half, replace(other, sparsity=0.25)], registry=registry)
+
+
+def test_torch_has_as_many_threads_afterwards(llama: Any, saved: Save, registry: Registry) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        prune(magnitude(saved(llama)), registry=registry)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_same_work_is_known_by_any_name_and_any_spelling(

@@ -30,7 +30,7 @@ class WholeDecoder:
         self._model = model
         self.prefix = find_stack(model)
         self.start = 0
-        self.dtype = dtype
+        self._stored = dtype
         self.blocks: Sequence[nn.Module] = list(stack_of(model, self.prefix))
         self.masks: Mapping[str, Tensor] = {}
         self._items = items_returned(model, self.blocks[0])
@@ -42,6 +42,10 @@ class WholeDecoder:
     def shapes(self, index: int) -> Mapping[str, tuple[int, int]]:
         """Return (outputs, inputs) of the matrices of a block."""
         return {name: shape_of(module) for name, module in self.linears(index).items()}
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Return what a parameter will be stored in."""
+        return self._stored
 
     def embed(self, batches: Sequence[Tensor]) -> list[tuple[Tensor, dict[str, Any]]]:
         """Return what the first block receives for each batch (B, T), and the blocks' arguments."""

@@ -28,7 +28,8 @@ MATRICES = [
     {"name": "model.layers.0.down.weight", "sparsity": 0.25, "error": 0.75, "dead_channels": 2.0},
     {"name": "model.layers.1.up.weight", "sparsity": 0.0, "unrouted": 1.0},
 ]
-SLICED = {"result": "sliced", "kept_layers": [0, 3], "scores": [0.8, 0.1, 0.05, 0.4]}
+SCORES = [0.8, 0.1, 0.05, 0.4]
+SLICED = {"result": "sliced", "kept_layers": [0, 3], "layers_before": 4, "scores": SCORES}
 
 
 @pytest.fixture(autouse=True)
@@ -191,7 +192,7 @@ def test_perplexity_before_and_after(show: Show, pruned: float | None, said: str
 
 
 def test_a_row_and_a_bar_per_layer(show: Show) -> None:
-    made = publish(SLICED, recipe={"plugin": "contribution"}, details={"sparsity": 0.5})
+    made = publish(SLICED, recipe={"plugin": "contribution"})
     code, out, _ = show(made.ref, "--report")
     assert code == 0
     assert "1 - cosine" in out
@@ -220,15 +221,15 @@ def test_bars_are_drawn_in_the_encoding_of_the_terminal(encoding: str) -> None:
 
 
 def test_layers_dropped_by_position_have_no_scores(show: Show) -> None:
-    made = publish({"result": "sliced", "kept_layers": [0, 1]}, details={"sparsity": 0.5})
+    made = publish({"result": "sliced", "kept_layers": [0, 1], "layers_before": 4})
     _, out, _ = show(made.ref, "--report")
     assert [row[1] for row in cells(out)[2:6]] == ["kept", "kept", "dropped", "dropped"]
     assert "score" not in out
 
 
 def test_a_run_of_layers_has_a_score_per_start(show: Show) -> None:
-    report = {"result": "sliced", "kept_layers": [0, 3], "scores": [0.3, 0.1, 0.2]}
-    made = publish(report, recipe={"plugin": "angular"}, details={"sparsity": 0.5})
+    report = {**SLICED, "scores": [0.3, 0.1, 0.2]}
+    made = publish(report, recipe={"plugin": "angular"})
     _, out, _ = show(made.ref, "--report")
     assert [row[1:3] for row in cells(out)[2:6]] == [
         ["kept", "0.3"],
@@ -268,7 +269,7 @@ def test_json_is_the_stored_report(show: Show) -> None:
 
 
 def test_a_figure_of_layer_scores(show: Show, tmp_path: Path) -> None:
-    made = publish(SLICED, recipe={"plugin": "contribution"}, details={"sparsity": 0.5})
+    made = publish(SLICED, recipe={"plugin": "contribution"})
     code, out, err = show(made.ref, "--plot", str(tmp_path / "one.svg"))
     assert (code, out) == (0, "")
     assert "one.svg" in err
@@ -342,7 +343,7 @@ def test_a_file_that_no_figure_goes_to(show: Show, tmp_path: Path, file: str, me
 
 
 def test_layers_without_scores_cannot_be_drawn(show: Show, tmp_path: Path) -> None:
-    made = publish({"result": "sliced", "kept_layers": [0, 1]}, details={"sparsity": 0.5})
+    made = publish({"result": "sliced", "kept_layers": [0, 1], "layers_before": 4})
     code, _, err = show(made.ref, "--plot", str(tmp_path / "figure.svg"))
     assert code == 2
     assert "no scores to plot" in err

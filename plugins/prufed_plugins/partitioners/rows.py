@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ def check_sizes(rows: int, clients: Sequence[str], needed: int = 1) -> None:
     """
     if not clients:
         raise MethodError("there are no clients to split the rows over", "add one under clients:")
-    twice = sorted({name for name in clients if list(clients).count(name) > 1})
+    twice = sorted(name for name, times in Counter(clients).items() if times > 1)
     if twice:
         raise MethodError(f"two clients are called {twice[0]!r}", "give every client its own name")
     if rows < needed * len(clients):

@@ -260,8 +260,13 @@ class _Outputs:
         self._squares: Tensor | float = 0.0  # not read back from a device on every call
 
     def add(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """Add the outputs (…, rows) of one batch; a forward hook."""
+        """Add the outputs (…, rows) of one batch; a forward hook.
+
+        Half precision rounds to a large bias what is looked for beside it: that is not counted.
+        """
         bias = getattr(module, "bias", None)
+        if bias is not None and output.dtype.itemsize < torch.float32.itemsize:
+            return
         product = output if bias is None else output - bias
         norm = torch.linalg.vector_norm(product, dtype=torch.float32)
         self._tokens += output.numel() // output.shape[-1]

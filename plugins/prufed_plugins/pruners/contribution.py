@@ -25,6 +25,8 @@ from prufed_plugins.pruners.layers import (
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from prufed_plugins.api import PruneTarget
     from prufed_plugins.params import ContributionParams
 
@@ -76,13 +78,22 @@ class Contribution(ScoringLayerPruner):
         layers = subject.layers
         sums, tokens = [0.0] * layers, [0] * layers
         for block, batch, before, after in passages(subject.decoder, subject.calibration):
-            # In float32 a cosine near 1 is off by 1e-7, far below what tells layers apart.
-            cosines = cosine_similarity(before.float(), after.float(), dim=-1)  # (B, T)
-            sums[block] += float(cosines.sum())
+            cosines = _cosines(before.float(), after.float())
+            sums[block] += float(cosines.cpu().double().sum())  # mps has no float64
             tokens[block] += cosines.numel()
             if batch + 1 == len(subject.calibration or ()):
                 subject.progress("block", block + 1, layers)
         return [1 - total / count for total, count in zip(sums, tokens, strict=True)]
+
+
+def _cosines(before: Tensor, after: Tensor) -> Tensor:
+    """Return the cosine of every token's states (B, T, H), exactly 1 where they are equal, (B, T).
+
+    In float32 a cosine is off by 1e-7: too little to tell layers apart that do something, but it
+    would decide between layers that do nothing.
+    """
+    cosines = cosine_similarity(before, after, dim=-1).clamp(-1, 1)
+    return cosines.masked_fill_((before == after).all(dim=-1), 1.0)
 
 
 def above(scores: Sequence[float], threshold: float) -> set[int]:

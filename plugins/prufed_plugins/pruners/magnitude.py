@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, Literal
 import torch
 
 from prufed_plugins.errors import MethodError
-from prufed_plugins.pruners.matrices import Choice, float_matrix
+from prufed_plugins.pruners.matrices import Choice, absent, float_matrix
 from prufed_plugins.pruners.selection import (
     at_most_threshold,
     pruned_count,
@@ -187,9 +187,16 @@ def _bits(scores: Tensor) -> Tensor:
 
 
 def _magnitudes(decoder: Decoder, names: frozenset[str], progress: Progress) -> Iterator[Tensor]:
+    """Yield |W| of what is pruned; entries that an earlier prune removed are below all others."""
+    least = torch.finfo(torch.float32).smallest_normal
     total = len(decoder.blocks)
     for index in range(total):
         for name, module in decoder.linears(index).items():
-            if name in names:
-                yield float_matrix(name, module).abs()
+            if name not in names:
+                continue
+            magnitudes = float_matrix(name, module).abs()
+            if decoder.masks:
+                magnitudes.clamp_(min=least)
+            gone = absent(name, module, decoder.masks)
+            yield magnitudes if gone is None else magnitudes.masked_fill_(gone, 0.0)
         progress("survey of block", index + 1, total)

@@ -9,6 +9,9 @@ average: block l gets the sparsity s − (r_l − r̄).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
+from itertools import starmap
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -18,30 +21,41 @@ from prufed_plugins.pruners.hessian import InputNorms
 from prufed_plugins.pruners.matrices import float_matrix
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from prufed_plugins.api import Decoder, Progress
+    from prufed_plugins.pruners.collecting import Observed
 
 KEPT_AT_LEAST: Final = 0.1
 """The least density of a block, as a share of the target's."""
 
 
-def outlier_ratio(matrices: Sequence[tuple[Tensor, Tensor]], multiple: float) -> float:
+def outlier_ratio(matrices: Iterable[tuple[Tensor, Tensor]], multiple: float) -> float:
     """Return the share of a block's scores that exceed ``multiple`` times their mean.
 
     Args:
         matrices: float32 weights (rows, columns), each with the norms of its inputs (columns,).
+            They are gone through twice and never held together.
         multiple: M.
     """
-    entries = sum(weight.numel() for weight, _ in matrices)
+    # starmap lets go of a matrix before it asks for the next; the variable of a loop would not
+    sums = list(starmap(_summed, matrices))
+    entries = sum(count for count, _ in sums)
     if not entries:
         return 0.0
-    total = sum(float((weight.abs() @ norms).sum()) for weight, norms in matrices)
-    threshold = multiple * total / entries
-    above = sum(int((weight.abs() * norms > threshold).sum()) for weight, norms in matrices)
-    return above / entries
+    threshold = multiple * sum(total for _, total in sums) / entries
+    return sum(starmap(partial(_count_above, threshold), matrices)) / entries
+
+
+def _summed(weight: Tensor, norms: Tensor) -> tuple[int, float]:
+    """Return how many scores a matrix has, and their sum."""
+    return weight.numel(), float((weight.abs() @ norms).sum())
+
+
+def _count_above(threshold: float, weight: Tensor, norms: Tensor) -> int:
+    return int((weight.abs() * norms > threshold).sum())
 
 
 def owl_sparsities(
@@ -95,15 +109,27 @@ def outlier_ratios(
     ratios = []
     for index in range(total):
         observed = observe(decoder, index, names, InputNorms, states, advancing=index + 1 < total)
-        linears = decoder.linears(index)
         with torch.no_grad():
-            matrices = [
-                (float_matrix(name, linears[name]), _norms(one.statistic))
-                for name, one in observed.items()
-            ]
-            ratios.append(outlier_ratio(matrices, multiple))
+            ratios.append(outlier_ratio(_Scored(decoder.linears(index), observed), multiple))
         progress("survey of block", index + 1, total)
     return ratios
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """Float32 matrices of a block with the norms of their inputs, each made when its turn comes.
+
+    Attributes:
+        linears: the modules by full name.
+        observed: what calibration showed of those that count.
+    """
+
+    linears: Mapping[str, nn.Module]
+    observed: Mapping[str, Observed[InputNorms]]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for name, one in self.observed.items():
+            yield float_matrix(name, self.linears[name]), _norms(one.statistic)
 
 
 def _norms(inputs: InputNorms) -> Tensor:

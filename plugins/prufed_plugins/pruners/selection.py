@@ -138,7 +138,8 @@ def _marked(out: Tensor) -> int:
     """Return how many entries are marked in (rows, n) bools, or in floats by 1 and 0."""
     if out.dtype == torch.bool:
         return count_true(out)
-    return int(out.sum(dim=-1).sum(dtype=torch.float64))  # exact, and fifty times count_nonzero
+    in_rows = out.sum(dim=-1).cpu()  # exact, and fifty times as fast as count_nonzero
+    return int(in_rows.sum(dtype=torch.float64))
 
 
 def _kth_smallest(scores: Tensor, count: int) -> Tensor:

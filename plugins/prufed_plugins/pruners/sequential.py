@@ -179,8 +179,9 @@ class ElementPruner(Generic[S]):
                     yield (keep(name, module, "unrouted"),) * len(targets)
                 else:
                     gone = absent(name, module, decoder.masks)
+                    stored = decoder.stored_dtype(f"{name}.weight")
                     yield self._prune_matrix(
-                        name, module, observed, targets, decoder.dtype, gone, dense=dense
+                        name, module, observed, targets, stored, gone, dense=dense
                     )
             observed = None  # the next block's statistics are not held beside these
             if not more:
@@ -216,7 +217,7 @@ class ElementPruner(Generic[S]):
         module: nn.Module,
         observed: dict[str, Observed[S]] | None,
         targets: Sequence[PruneTarget],
-        dtype: torch.dtype,
+        stored: torch.dtype,
         forced: Tensor | None,
         *,
         dense: bool,
@@ -236,7 +237,7 @@ class ElementPruner(Generic[S]):
                 found = None
             report = _report(choice, target, matrix.shape[1])
             report["seconds"] = time.perf_counter() - started
-            results.append(apply(name, module, choice, dtype, report, in_place=not dense))
+            results.append(apply(name, module, choice, stored, report, in_place=not dense))
             forced = choice.pruned
         return tuple(results)
 
@@ -332,7 +333,7 @@ def _target_of(name: str, target: PruneTarget) -> PruneTarget:
 
 def _report(choice: Choice, target: PruneTarget, columns: int) -> dict[str, float]:
     report = dict(choice.report)
-    if choice.squared_error is not None:
+    if choice.squared_error is not None and (choice.energy or not choice.squared_error):
         report["error"] = choice.squared_error / choice.energy if choice.energy else 0.0
     if target.pattern is not None and columns % target.pattern[1]:
         report["partial_group"] = float(columns % target.pattern[1])

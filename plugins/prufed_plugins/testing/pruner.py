@@ -3,24 +3,44 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch import nn
 
 from prufed_plugins.api import KeptLayers, PrunedMatrix, PruneTarget
 from prufed_plugins.errors import MethodError
 from prufed_plugins.testing.checks import Outcome, run_checks
+from prufed_plugins.testing.tiny_decoder import (
+    LAYERS,
+    OfConv1D,
+    PrunedBefore,
+    StoredInBfloat16,
+    TinyDecoder,
+    tokens,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from prufed_plugins.api import Pruner
 
-LAYERS = 6
+__all__ = ["LAYERS", "TinyDecoder", "check_pruner", "tokens"]
+
 HALF = PruneTarget(sparsity=0.5)
+
+MORE_THAN_HALF: Final = 5
+"""Of eight that are gone: whoever removes half without a look at the masks brings some back."""
+
+Model = Callable[[], TinyDecoder]
+
+MODELS: Final[Mapping[str, Model]] = {
+    "a model in float32": TinyDecoder,
+    "a model stored in bfloat16": StoredInBfloat16,
+    "a model that was pruned before": PrunedBefore,
+    "a model of Conv1D": OfConv1D,
+}
+"""What a masked pruner is tried on, and what each is called where it fails."""
 
 
 def check_pruner(make: Callable[[], Pruner], target: PruneTarget | None = None) -> Outcome:
@@ -40,117 +60,42 @@ def check_pruner(make: Callable[[], Pruner], target: PruneTarget | None = None) 
         run.__name__, run.__doc__ = check.__name__, check.__doc__
         return run
 
+    def on_each(check: Callable[[Pruner, PruneTarget, Model], None]) -> Callable[[Pruner], None]:
+        def run(pruner: Pruner) -> None:
+            for what, model in MODELS.items():
+                try:
+                    check(pruner, target, model)
+                except AssertionError as error:
+                    raise AssertionError(f"{error}, in {what}") from error
+
+        run.__name__, run.__doc__ = check.__name__, check.__doc__
+        return run
+
     kind = make().result
     checks = [_states_its_result, told(_same_input_same_result), told(_reports_its_progress)]
     if kind == "masked":
         checks += [
             told(_every_matrix_once_in_block_order),
-            told(_pruned_entries_are_zero),
+            told(_weights_keep_their_layout),
+            on_each(_pruned_entries_are_zero),
+            told(_new_weights_can_be_stored),
+            told(_what_is_gone_goes_first),
             told(_weights_are_written_into_the_model),
             told(_only_the_matrices_change),
             _sparsity_zero_changes_nothing,
             _sparsity_is_met,
             _pattern_is_met_or_refused,
             _sparsity_one_is_refused,
-            told(_goes_on_where_it_was_stopped),
+            on_each(_goes_on_where_it_was_stopped),
         ]
         checks += [_the_survey_changes_nothing] if hasattr(make(), "survey") else []
-        checks += [_nested_masks_are_nested] if hasattr(make(), "prune_nested") else []
+        if hasattr(make(), "prune_nested"):
+            checks += [_nested_masks_are_nested, _nested_masks_lack_what_is_gone]
         checks += [_one_survey_is_every_survey] if hasattr(make(), "survey_nested") else []
     else:
         checks += [told(_keeps_layers_in_order), told(_the_model_stays_as_it_is)]
         checks += [_layer_count_is_met] if target is HALF else []
     return run_checks(make, checks)
-
-
-class TinyBlock(nn.Module):
-    """A residual block of three matrices, two of which share their input."""
-
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.gate = nn.Linear(width, inner, bias=False)
-        self.up = nn.Linear(width, inner, bias=False)
-        self.down = nn.Linear(inner, width, bias=False)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Return the block's output (B, T, width)."""
-        normed = self.norm(hidden)
-        update: Tensor = self.down(torch.tanh(self.gate(normed)) * self.up(normed))
-        return hidden + update
-
-
-class TinyDecoder:
-    """A decoder of random weights that any pruner can be tried on.
-
-    Attributes:
-        prefix: module path of the stack.
-        blocks: the blocks in order.
-        start: the first block to be pruned.
-        dtype: what the weights are stored in.
-        masks: of matrices that were pruned before; none.
-        embedding: token embedding, which no pruner may touch.
-    """
-
-    prefix = "model.layers"
-    dtype = torch.float32
-    masks: Mapping[str, Tensor] = MappingProxyType({})
-
-    def __init__(self, layers: int = LAYERS, width: int = 16, inner: int = 24) -> None:
-        self.start = 0
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.embedding = nn.Embedding(64, width)
-            self.blocks: Sequence[nn.Module] = [TinyBlock(width, inner) for _ in range(layers)]
-
-    def linears(self, index: int) -> Mapping[str, nn.Linear]:
-        """Return the matrices of a block by their full name."""
-        return {
-            f"{self.prefix}.{index}.{name}": module
-            for name, module in self.blocks[index].named_children()
-            if isinstance(module, nn.Linear)
-        }
-
-    def shapes(self, index: int) -> Mapping[str, tuple[int, int]]:
-        """Return (outputs, inputs) of the matrices of a block."""
-        return {
-            name: (module.out_features, module.in_features)
-            for name, module in self.linears(index).items()
-        }
-
-    @torch.no_grad()
-    def embed(self, batches: Sequence[Tensor]) -> list[tuple[Tensor, dict[str, Any]]]:
-        """Return what block ``start`` receives, (B, T, width) each, and no further arguments."""
-        states: list[tuple[Tensor, dict[str, Any]]] = []
-        for batch in batches:
-            hidden = self.embedding(batch)
-            for index in range(self.start):
-                hidden = self.run_block(index, hidden, {})
-            states.append((hidden, {}))
-        return states
-
-    def run_block(self, index: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-        """Return the output of a block."""
-        output: Tensor = self.blocks[index](hidden)
-        return output
-
-    def hold(self, hidden: Tensor, instead_of: Tensor | None = None) -> Tensor:
-        """Return the values as they are."""
-        return hidden
-
-    def parameters(self) -> dict[str, Tensor]:
-        """Return a copy of every parameter by its full name."""
-        named = {"embedding": self.embedding.weight.detach().clone()}
-        for index, block in enumerate(self.blocks):
-            for name, parameter in block.named_parameters():
-                named[f"{self.prefix}.{index}.{name}"] = parameter.detach().clone()
-        return named
-
-
-def tokens(batches: int = 2) -> list[Tensor]:
-    """Return calibration batches (4, 16) for :class:`TinyDecoder`."""
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(0, 64, (4, 16), generator=generator) for _ in range(batches)]
 
 
 def _prune(pruner: Pruner, decoder: TinyDecoder, target: PruneTarget) -> list[Any]:
@@ -169,6 +114,24 @@ def _target_of(pruner: Pruner) -> PruneTarget:
     except Exception:  # a broken pruner: the checks that follow report it
         return HALF
     return HALF
+
+
+def _as_stored(decoder: TinyDecoder, result: PrunedMatrix) -> Tensor:
+    """Return a new weight as it is read again once it was stored."""
+    return result.weight.to(decoder.stored_dtype(result.name)).to(result.weight.dtype)
+
+
+def _require_share(results: list[PrunedMatrix], sparsity: float) -> None:
+    entries = sum(result.mask.numel() for result in results)
+    kept = sum(int(result.mask.sum()) for result in results)
+    found = 1 - kept / entries
+    assert abs(found - sparsity) <= 0.02, f"asked for {sparsity}, pruned {found:.4f}"
+
+
+def _require_gone(decoder: TinyDecoder, result: PrunedMatrix) -> None:
+    before = decoder.masks.get(result.name)
+    back = before is not None and bool((result.mask & ~before).any())
+    assert not back, f"{result.name} has entries again that an earlier prune removed"
 
 
 def _states_its_result(pruner: Pruner) -> None:
@@ -219,9 +182,41 @@ def _every_matrix_once_in_block_order(pruner: Pruner, target: PruneTarget) -> No
         assert result.mask.dtype == torch.bool, f"mask of {result.name} is {result.mask.dtype}"
 
 
-def _pruned_entries_are_zero(pruner: Pruner, target: PruneTarget) -> None:
+def _weights_keep_their_layout(pruner: Pruner, target: PruneTarget) -> None:
+    """A matrix kept as (inputs, outputs), as in a Conv1D, is read and given back as that."""
+    decoder = OfConv1D(inner=24)
+    before = decoder.parameters()
+    for result in _prune(pruner, decoder, target):
+        for what, tensor in (("weight", result.weight), ("mask", result.mask)):
+            found, stored = list(tensor.shape), list(before[result.name].shape)
+            assert found == stored, f"the {what} of {result.name} is {found}, not {stored}"
+
+
+def _new_weights_can_be_stored(pruner: Pruner, target: PruneTarget) -> None:
+    """New weights are rounded to what is stored, so that later blocks see what it will give."""
+    decoder = StoredInBfloat16()
+    for result in _prune(pruner, decoder, target):
+        stored = _as_stored(decoder, result)
+        assert torch.equal(result.weight, stored), (
+            f"{result.name} is not rounded to {decoder.stored_dtype(result.name)}, "
+            "which it is stored in"
+        )
+
+
+def _what_is_gone_goes_first(pruner: Pruner, target: PruneTarget) -> None:
+    """What the decoder's masks leave out stays out, and counts as pruned."""
+    for gone in (1, MORE_THAN_HALF):
+        decoder = PrunedBefore(gone=gone)
+        results: list[PrunedMatrix] = _prune(pruner, decoder, target)
+        for result in results:
+            _require_gone(decoder, result)
+        if target is HALF and gone < MORE_THAN_HALF:
+            _require_share(results, 0.5)
+
+
+def _pruned_entries_are_zero(pruner: Pruner, target: PruneTarget, model: Model) -> None:
     """A weight is exactly zero wherever its mask is False, and finite elsewhere."""
-    for result in _prune(pruner, TinyDecoder(), target):
+    for result in _prune(pruner, model(), target):
         assert not bool(result.weight[~result.mask].any()), f"{result.name} keeps pruned entries"
         assert bool(result.weight.isfinite().all()), f"{result.name} is not finite"
 
@@ -258,22 +253,22 @@ def _sparsity_is_met(pruner: Pruner) -> None:
     """The share of pruned entries, over all matrices, is the sparsity within two points."""
     for sparsity in (0.25, 0.5, 0.75):
         results = _prune(pruner, TinyDecoder(), PruneTarget(sparsity=sparsity))
-        entries = sum(result.mask.numel() for result in results)
-        kept = sum(int(result.mask.sum()) for result in results)
-        found = 1 - kept / entries
-        assert abs(found - sparsity) <= 0.02, f"asked for {sparsity}, pruned {found:.4f}"
+        _require_share(results, sparsity)
 
 
 def _pattern_is_met_or_refused(pruner: Pruner) -> None:
     """A pattern n:m removes exactly n of every m, or is refused with a MethodError."""
-    for n, m in ((2, 4), (4, 8), (1, 4)):
-        try:
-            results = _prune(pruner, TinyDecoder(), PruneTarget(pattern=(n, m)))
-        except MethodError:
-            continue
-        for result in results:
-            removed = (~result.mask).reshape(-1, m).sum(dim=1)
-            assert bool((removed == n).all()), f"{result.name} breaks {n}:{m}"
+    for what in ("a model in float32", "a model of Conv1D"):
+        for n, m in ((2, 4), (4, 8), (1, 4)):
+            decoder = MODELS[what]()
+            try:
+                results = _prune(pruner, decoder, PruneTarget(pattern=(n, m)))
+            except MethodError:
+                continue
+            for result in results:
+                removed = (~decoder.by_rows(result.mask)).reshape(-1, m).sum(dim=1)
+                met = bool((removed == n).all())
+                assert met, f"the inputs of {result.name} break {n}:{m}, in {what}"
 
 
 def _sparsity_one_is_refused(pruner: Pruner) -> None:
@@ -285,21 +280,22 @@ def _sparsity_one_is_refused(pruner: Pruner) -> None:
     raise AssertionError("sparsity 1.0 was accepted")
 
 
-def _goes_on_where_it_was_stopped(pruner: Pruner, target: PruneTarget) -> None:
+def _goes_on_where_it_was_stopped(pruner: Pruner, target: PruneTarget, model: Model) -> None:
     """Given the survey's answer and a model pruned up to a block, the rest comes out the same."""
-    dense = TinyDecoder()
+    dense, rest = model(), model()
     calibration = tokens() if pruner.needs_calibration else None
     if hasattr(pruner, "survey"):
         target = pruner.survey(dense, calibration, target, lambda what, done, total: None)
     whole = {result.name: result for result in _prune(pruner, dense, target)}
-    rest = TinyDecoder()
-    rest.start = LAYERS // 2
+    total = len(rest.blocks)
+    rest.start = total // 2
     for index in range(rest.start):
         for name, module in rest.linears(index).items():
-            module.weight.data.copy_(whole[f"{name}.weight"].weight)
+            stored = _as_stored(rest, whole[f"{name}.weight"])
+            module.get_parameter("weight").data.copy_(stored)
     results: list[PrunedMatrix] = _prune(pruner, rest, target)
     blocks = {int(result.name.split(".")[2]) for result in results}
-    assert blocks == set(range(rest.start, LAYERS)), f"blocks {sorted(blocks)} came out"
+    assert blocks == set(range(rest.start, total)), f"blocks {sorted(blocks)} came out"
     for result in results:
         assert torch.equal(result.mask, whole[result.name].mask), f"mask of {result.name} differs"
         assert torch.equal(result.weight, whole[result.name].weight), f"{result.name} differs"
@@ -347,6 +343,16 @@ def _nested_masks_are_nested(pruner: Any) -> None:
         assert abs(1 - found / entries - sparsity) <= 0.02, f"{sparsity} left {found} of {entries}"
     for name, value in decoder.parameters().items():
         assert torch.equal(before[name], value), f"{name} was changed"
+
+
+def _nested_masks_lack_what_is_gone(pruner: Any) -> None:
+    """Of several targets, too, each leaves out what the decoder's masks leave out."""
+    decoder = PrunedBefore(gone=MORE_THAN_HALF)
+    calibration = tokens() if pruner.needs_calibration else None
+    targets = [PruneTarget(sparsity=sparsity) for sparsity in (0.25, 0.5)]
+    for results in pruner.prune_nested(decoder, calibration, targets, lambda *_: None):
+        for result in results:
+            _require_gone(decoder, result)
 
 
 def _keeps_layers_in_order(pruner: Pruner, target: PruneTarget) -> None:

@@ -22,15 +22,17 @@ class RandomMask:
             raise MethodError(f"random-mask cannot prune to {target}", "pass --sparsity 0.5")
         for index in range(decoder.start, len(decoder.blocks)):
             for name, module in decoder.linears(index).items():
-                yield self._prune(f"{name}.weight", module, target.sparsity)
+                before = decoder.masks.get(f"{name}.weight")
+                yield self._prune(f"{name}.weight", module, target.sparsity, before)
             progress("block", index + 1, len(decoder.blocks))
 
-    def _prune(self, name, module, sparsity):
+    def _prune(self, name, module, sparsity, before):
         generator = torch.Generator().manual_seed(self.seed * 2**32 + zlib.crc32(name.encode()))
-        order = torch.randperm(module.weight.numel(), generator=generator)
-        mask = torch.ones(module.weight.numel(), dtype=torch.bool)
-        mask[order[: int(sparsity * len(order))]] = False
-        mask = mask.reshape(module.weight.shape)
+        draws = torch.rand(module.weight.shape, generator=generator)
+        if before is not None:  # what an earlier prune removed goes first
+            draws[~before.cpu()] = -1
+        mask = draws >= 0
+        mask.view(-1)[draws.flatten().argsort()[: int(sparsity * draws.numel())]] = False
         with torch.no_grad():
             module.weight.masked_fill_(~mask.to(module.weight.device), 0)
         weight = module.weight.detach().clone()
