@@ -27,7 +27,7 @@ from prufed_cli.models.base import (
     load_reference,
 )
 from prufed_cli.progress import SILENT, Reporter
-from prufed_registry.errors import NotFound
+from prufed_registry.errors import NotFound, RegistryError
 
 if TYPE_CHECKING:
     from prufed_registry import Artifact, Registry
@@ -145,7 +145,8 @@ def evaluate(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
         )
-        store = _Store(registry, artifact.digest, f"{base.digest} {dtype}", refresh=refresh)
+        context = f"{base.digest} {dtype}"
+        store = _Store(registry, artifact.digest, context, reporter, refresh=refresh)
         measuring = _Measuring(load, store, batch_size, reporter)
         rows.append(_row(artifact, base, measuring.scores(found, text), measuring))
     return EvaluationReport(tuple(rows), compare(rows))
@@ -187,10 +188,14 @@ def compare(rows: Sequence[Row], metric: str = "acc") -> tuple[Comparison, ...]:
 class _Store:
     """One artifact's recorded results, by what was measured."""
 
-    def __init__(self, registry: Registry, digest: str, context: str, *, refresh: bool) -> None:
+    def __init__(
+        self, registry: Registry, digest: str, context: str, reporter: Reporter, *, refresh: bool
+    ) -> None:
         self._registry = registry
         self._digest = digest
         self._context = context
+        self._reporter = reporter
+        self._refused = False
         self._known: Mapping[str, Any] = {} if refresh else registry.evaluations(digest)
 
     def get(self, measured: str) -> Mapping[str, Any] | None:
@@ -198,8 +203,14 @@ class _Store:
         return self._known.get(self._key(measured))
 
     def put(self, measured: str, payload: Mapping[str, Any]) -> None:
-        """Record a result."""
-        self._registry.save_evaluation(self._digest, self._key(measured), dict(payload))
+        """Record a result; a registry that takes none costs nothing that was measured."""
+        if self._refused:
+            return
+        try:
+            self._registry.save_evaluation(self._digest, self._key(measured), dict(payload))
+        except RegistryError as error:
+            self._refused = True
+            self._reporter.warn(f"what is measured is not recorded: {error.message}")
 
     def _key(self, measured: str) -> str:
         text = json.dumps([_VERSION, measured, self._context])

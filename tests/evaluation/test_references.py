@@ -214,3 +214,15 @@ def test_bad_input_is_one_sentence_and_an_exit_code(registry, capsys, arguments,
     assert captured.out == ""
     assert words in captured.err
     assert "hint: " in captured.err
+
+
+def test_a_registry_that_takes_no_result_costs_none(registry, text, prufed_home, capsys):
+    evals = prufed_home / "registry" / "evals"
+    if evals.is_dir():
+        evals.rmdir()
+    evals.write_text("a file where results would go")
+    code = run(["eval", "dense", "--perplexity", str(text)])
+    out, err = capsys.readouterr()
+    assert code == 0
+    assert err.count("what is measured is not recorded") == 1
+    assert "perplexity" in out

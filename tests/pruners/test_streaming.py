@@ -18,7 +18,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, RobertaConfig, RobertaForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
+)
 
 from prufed_cli.errors import INTEGRITY, NOT_FOUND, PrufedError
 from prufed_cli.evaluation.perplexity import measure_perplexity, read_text, tokenize
@@ -631,3 +637,30 @@ def test_on_cuda_one_block_is_on_the_device_and_activations_are_on_the_host(
     one, other = (load_masks(each.path / MASKS_FILE) for each in made)
     equal = sum(int((one[name] == other[name]).sum()) for name in one)
     assert equal >= 0.999 * sum(mask.numel() for mask in one.values())
+
+
+@pytest.mark.skipif("zaya" not in CONFIG_MAPPING, reason="this transformers has no ZAYA")
+def test_blocks_that_hand_on_more_than_hidden_states_are_refused(
+    saved: Save, registry: Registry, text: Path
+) -> None:
+    """ZAYA's routers go on from the state of the router before; run alone they would have none."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "zaya",
+        hidden_size=32,
+        head_dim=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=3,
+        moe_intermediate_size=16,
+        num_experts=4,
+        num_experts_per_tok=1,
+        vocab_size=97,
+        max_position_embeddings=64,
+        eos_token_id=2,
+    )
+    base = saved(AutoModelForCausalLM.from_config(config))
+    wanted = request(base, text, method="contribution", sparsity=None, layers=1)
+    with pytest.raises(PrufedError, match="block 1 needs more of the one before than its output"):
+        prune(wanted, registry=registry)
+    assert prune(replace(wanted, method="top"), registry=registry).artifact.kind == "pruned"
