@@ -65,7 +65,7 @@ def digest(registry: Registry, reference: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("blocks", [1, 2, 3])
+@pytest.mark.parametrize("blocks", [1, 3])
 def test_killed_after_a_block(
     fork: Start,
     prufed: Call,
@@ -78,7 +78,7 @@ def test_killed_after_a_block(
     wait_for(child, lambda: finished(prufed_home) >= blocks)
     kill(child)
     done = finished(prufed_home)
-    if blocks == 2:
+    if blocks == 1:
         assert json.loads(prufed(*slow, "--dry-run", "--json").out)["finished_blocks"] == done
     resumed = prufed(*slow)
     assert resumed.code == 0, resumed.err
