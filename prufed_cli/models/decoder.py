@@ -200,8 +200,8 @@ def check_only_hidden_states(
     marks = [None if each is None else object() for each in output[1:]] if items else []
 
     def look(index: int, *args: Any, **kwargs: Any) -> Any:
-        marked = [mark for mark in marks if mark is not None]
-        if any(one is mark for one in (*args, *kwargs.values()) for mark in marked):
+        handed_on = (one for one in (*args, *kwargs.values()) if one is not None)
+        if any(one is mark for one in handed_on for mark in marks):
             raise _unsupported(
                 type(model).__name__, f"block {index} needs more of the one before than its output"
             )

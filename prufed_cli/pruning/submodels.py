@@ -135,7 +135,7 @@ def plan_prune(requests: Sequence[PruneRequest], **options: Unpack[PruneOptions]
     whole = _job(requests, options)
     if not whole.options.force:
         for known in filter(None, (made_before(whole, made) for made in whole.made)):
-            whole.reporter.note(_made_before(known))
+            whole.reporter.note(_already_made(known))
     if whole.nested:
         return plan_pass(whole)
     plan = plan_pass(replace(whole, made=whole.made[:1]))
@@ -305,9 +305,9 @@ def _calibration(
 def _reused(job: Job, known: Artifact) -> PruneResult:
     from prufed_cli.pruning.publish import read_report
 
-    job.reporter.note(_made_before(known))
+    job.reporter.note(_already_made(known))
     return PruneResult(known, reused=True, report=read_report(known))
 
 
-def _made_before(known: Artifact) -> str:
+def _already_made(known: Artifact) -> str:
     return f"{known.ref} was made by the same recipe; --force makes it again"
