@@ -520,6 +520,30 @@ def test_one_block_at_a_time_is_enough(method: str) -> None:
     assert decoder.held == (LAYERS * 2 if calibrated else 0)
 
 
+class OverwritingDecoder(TinyDecoder):
+    """A decoder in float64 that keeps a batch's outputs where its inputs were."""
+
+    overwrites = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        for module in (self.embedding, *self.blocks):
+            module.double()
+
+    def hold(self, hidden: Tensor, instead_of: Tensor | None = None) -> Tensor:
+        if instead_of is None or not self.overwrites:
+            return hidden
+        return instead_of.copy_(hidden)
+
+
+@pytest.mark.parametrize("method", ["contribution", "angular"])
+def test_states_may_be_overwritten_once_they_are_scored(method: str) -> None:
+    apart = OverwritingDecoder()
+    apart.overwrites = False
+    expected = prune(apart, method, {"drop": 2}, tokens())
+    assert prune(OverwritingDecoder(), method, {"drop": 2}, tokens()) == expected
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize(
     ("method", "settings"),

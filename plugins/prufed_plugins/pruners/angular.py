@@ -74,5 +74,5 @@ def angular_distances(states: Tensor, count: int) -> list[float]:
 
 
 def _last(hidden: Tensor) -> Tensor:
-    """Return the last token's state (B, H), in float64 on the CPU."""
-    return hidden[:, -1].detach().cpu().double()
+    """Return a copy of the last token's state (B, H), in float64 on the CPU."""
+    return hidden[:, -1].cpu().to(torch.float64, copy=True)

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from prufed_plugins.entries import is_finite
-from prufed_plugins.errors import MethodError
+from prufed_plugins.pruners.collecting import embed, put
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Passage(NamedTuple):
-    """One batch on its way through one block.
+    """One batch on its way through one block; the next one may overwrite its states.
 
     Attributes:
         block: the block's index.
@@ -36,28 +35,17 @@ class Passage(NamedTuple):
     after: Tensor
 
 
+@torch.no_grad()  # while this runs, not while the caller does
 def passages(decoder: Decoder, calibration: Sequence[Tensor] | None) -> Iterator[Passage]:
     """Yield every batch's passage through every block, block by block.
 
     Raises:
         MethodError: there is no calibration, or a hidden state is not finite.
     """
-    if not calibration:
-        raise MethodError(
-            "this method needs calibration text",
-            "pass --calibration FILE, or leave it out to use the embedded text",
-        )
-    with torch.no_grad():
-        states = decoder.embed(calibration)
+    states = embed(decoder, calibration)
     for block in range(len(decoder.blocks)):
         decoder.linears(block)  # loads it
         for batch, (before, arguments) in enumerate(states):
-            with torch.no_grad():
-                after = decoder.run_block(block, before, arguments)
-            if not is_finite(after):
-                raise MethodError(
-                    f"the outputs of block {block} are not finite",
-                    "load the model with --dtype float32, or check its weights",
-                )
+            after = decoder.run_block(block, before, arguments)
             yield Passage(block, batch, before.to(after.device), after)
-            states[batch] = (decoder.hold(after), arguments)
+            put(decoder, block, states, batch, after)

@@ -87,12 +87,23 @@ def embed(decoder: Decoder, calibration: Sequence[Tensor] | None) -> States:
     return states
 
 
+def put(decoder: Decoder, index: int, states: States, position: int, output: Tensor) -> None:
+    """Replace the inputs of a block by its outputs, of one batch.
+
+    Raises:
+        MethodError: the outputs are not finite.
+    """
+    _check_finite(output, f"the outputs of block {index} are not finite")
+    hidden, arguments = states[position]
+    states[position] = (decoder.hold(output, hidden), arguments)
+
+
 @torch.no_grad()
 @mapped_above(_POOLED)
 def advance(decoder: Decoder, index: int, states: States) -> None:
     """Replace the inputs of a block by its outputs, batch by batch."""
     for position, (hidden, arguments) in enumerate(states):
-        _put(decoder, index, states, position, decoder.run_block(index, hidden, arguments))
+        put(decoder, index, states, position, decoder.run_block(index, hidden, arguments))
         if position % _KEPT == 0:
             give_back()
 
@@ -138,7 +149,7 @@ def observe(
                 output = decoder.run_block(index, hidden, arguments)
             collector.end_batch()
             if advancing:
-                _put(decoder, index, states, position, output)
+                put(decoder, index, states, position, output)
             if position % _KEPT == 0:
                 give_back()
     observed = collector.observed()
@@ -279,12 +290,6 @@ class _Outputs:
 
 class _AllSeenError(Exception):
     """Every matrix has had its input of this batch."""
-
-
-def _put(decoder: Decoder, index: int, states: States, position: int, output: Tensor) -> None:
-    _check_finite(output, f"the outputs of block {index} are not finite")
-    hidden, arguments = states[position]
-    states[position] = (decoder.hold(output, hidden), arguments)
 
 
 def _check_finite(hidden: Tensor, message: str) -> None:
