@@ -15,7 +15,7 @@ from prufed_plugins.api import PrunedMatrix, PruneTarget
 from prufed_plugins.discover import build
 from prufed_plugins.errors import MethodError
 from prufed_plugins.pruners import sparsegpt
-from prufed_plugins.pruners.hessian import InputHessian, factorize
+from prufed_plugins.pruners.hessian import factorize
 from prufed_plugins.pruners.selection import pruned_count
 from prufed_plugins.testing.pruner import TinyDecoder, tokens
 from tests.pruners.whole_models import open_decoder
@@ -86,9 +86,7 @@ def test_the_first_sub_model_of_the_first_block_is_what_pruning_alone_makes(meth
 def test_sparsegpt_makes_each_from_the_dense_weights_with_the_former_entries_gone() -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(300, 40, generator=generator) @ torch.randn(40, 40, generator=generator)
-    hessian = InputHessian(40, torch.device("cpu"))
-    hessian.add(inputs)
-    factor = factorize(hessian.matrix(), 0.01)
+    factor = factorize(2 * inputs.t() @ inputs / 300, 0.01)
     weight = torch.randn(12, 40, generator=generator)
     quarter = sparsegpt.choose(weight, factor, PruneTarget(sparsity=0.25), 16)
     half = sparsegpt.choose(weight, factor, PruneTarget(sparsity=0.5), 16, forced=quarter.pruned)

@@ -31,10 +31,7 @@ def correlated(tokens: int, columns: int, seed: int = 0) -> Tensor:
 
 
 def hessian_of(inputs: Tensor) -> Tensor:
-    hessian = InputHessian(inputs.shape[1], CPU)
-    for batch in inputs.split(37):
-        hessian.add(batch)
-    return hessian.matrix()
+    return 2 * inputs.t() @ inputs / len(inputs)
 
 
 def output_error(weight: Tensor, changed: Tensor, inputs: Tensor) -> float:
@@ -85,9 +82,15 @@ def test_wanda_norms_do_not_depend_on_the_batches() -> None:
     torch.testing.assert_close(whole.second_moments(), inputs.square().mean(0))
 
 
-def test_the_hessian_is_two_xxt_over_n() -> None:
-    inputs = correlated(100, 19)
-    torch.testing.assert_close(hessian_of(inputs), 2 * inputs.t() @ inputs / 100)
+@pytest.mark.parametrize("columns", [19, 700])  # one panel, and more than one
+def test_the_hessian_is_two_xxt_over_n(columns: int) -> None:
+    inputs = correlated(1000, columns)
+    hessian = InputHessian(columns, CPU)
+    for batch in inputs.split(37):
+        hessian.add(batch)
+    upper = hessian.factor.upper.triu().double()
+    expected = hessian_of(inputs.double()) + hessian.factor.added * torch.eye(columns)
+    torch.testing.assert_close(upper @ upper.t(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_factor_is_the_inverse_of_the_cholesky_factor_of_the_inverse() -> None:

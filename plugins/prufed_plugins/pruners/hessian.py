@@ -118,12 +118,6 @@ class InputHessian:
         """Return the mean of x_v² over tokens, (columns,)."""
         return self._sum.diagonal() / self.tokens
 
-    def matrix(self) -> Tensor:
-        """Return H, (columns, columns), symmetric and undamped."""
-        hessian = self._sum * (2.0 / self.tokens)
-        _mirror(hessian)
-        return hessian
-
     @cached_property
     def factor(self) -> Factor:
         """The damped H as R·Rᵀ, in the memory of the accumulated sum.
