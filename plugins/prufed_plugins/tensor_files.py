@@ -8,7 +8,6 @@ that an earlier tensor no longer needs.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -19,11 +18,12 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from prufed_plugins.errors import MethodError
 from prufed_plugins.memory import scratch
+from prufed_plugins.safetensors_header import read_header
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {
     "BOOL": torch.bool,
@@ -38,9 +38,6 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
     "I64": torch.int64,
 }
 """The dtypes that are read, in the order in which safetensors ranks them."""
-
-LENGTH_BYTES: Final = 8
-"""Of the length of the header, little endian, which a safetensors file begins with."""
 
 
 class _Entry(NamedTuple):
@@ -175,23 +172,6 @@ class TensorFile(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._entries)
-
-
-def read_header(path: Path) -> tuple[int, dict[str, Any]]:
-    """Return where the tensors' bytes begin in a safetensors file, and what it says of each tensor.
-
-    Raises:
-        OSError: the file cannot be read.
-        SafetensorError: it is cut off, or no safetensors file.
-        ValueError: it changes while it is read.
-    """
-    with safe_open(path, framework="np"):  # checks lengths, offsets and dtypes
-        pass
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(LENGTH_BYTES), "little")
-        header: dict[str, Any] = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    return LENGTH_BYTES + length, header
 
 
 def _entry(stated: dict[str, Any]) -> _Entry:

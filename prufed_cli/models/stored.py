@@ -24,7 +24,8 @@ import torch
 from safetensors import SafetensorError
 
 from prufed_cli.errors import INTEGRITY, PrufedError
-from prufed_plugins.tensor_files import DTYPES, LENGTH_BYTES, read_header
+from prufed_plugins.safetensors_header import LENGTH_BYTES, read_header, with_length
+from prufed_plugins.tensor_files import DTYPES
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -337,7 +338,7 @@ def _layout(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple[byt
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % LENGTH_BYTES)
-    return len(text).to_bytes(LENGTH_BYTES, "little") + text, offsets
+    return with_length(text), offsets
 
 
 def _bytes(tensor: Tensor) -> memoryview:

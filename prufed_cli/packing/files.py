@@ -22,7 +22,6 @@ from prufed_cli.packing.chunks import DamagedChunk, Encoding, decode, encode
 from prufed_cli.packing.layout import (
     CHUNK,
     LAYOUT,
-    LENGTH_BYTES,
     LONGEST_HEADER,
     METADATA_KEY,
     PackedManifest,
@@ -30,8 +29,8 @@ from prufed_cli.packing.layout import (
     damaged,
     parse_header,
     parse_manifest,
-    read_header,
 )
+from prufed_plugins.safetensors_header import LENGTH_BYTES, header_bytes, with_length
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,15 +61,14 @@ def pack_file(source: Path, target: Path, masks: Masks | None = None) -> PackedM
     """
     with source.open("rb") as file, _new_file(target) as out:
         try:
-            with safe_open(source, framework="np"):  # checks lengths, offsets and dtypes
-                pass
-            header = read_header(file)
+            header = header_bytes(source)
             tensors = parse_header(header)
         except (SafetensorError, ValueError) as error:
             raise PrufedError(
                 f"{source} is not a whole safetensors file: {error}", "fetch it again", INTEGRITY
             ) from error
-        hashed = hashlib.sha256(len(header).to_bytes(LENGTH_BYTES, "little") + header)
+        hashed = hashlib.sha256(with_length(header))
+        file.seek(LENGTH_BYTES + len(header))
         # The header comes first and is known last: its longest form is reserved, and what remains
         # of it is filled with blanks, as the format allows.
         room = len(_packed_header(_longest(header, tensors), tensors))
@@ -93,8 +91,7 @@ def pack_file(source: Path, target: Path, masks: Masks | None = None) -> PackedM
             tensors=chunks,
         )
         out.seek(0)
-        out.write(room.to_bytes(LENGTH_BYTES, "little"))
-        out.write(_packed_header(manifest, tensors).ljust(room))
+        out.write(with_length(_packed_header(manifest, tensors).ljust(room)))
     return manifest
 
 
@@ -142,8 +139,7 @@ def _restored(
     source: Path, file: Any, manifest: PackedManifest, tensors: list[Stored], masks: Masks
 ) -> Iterator[bytes | memoryview]:
     """Return the original's bytes piece by piece."""
-    header = manifest.header.encode()
-    yield len(header).to_bytes(LENGTH_BYTES, "little") + header
+    yield with_length(manifest.header.encode())
     for tensor in tensors:
         try:
             for entries in _unpack_tensor(tensor, file, manifest.tensors[tensor.name], masks):

@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -16,7 +16,6 @@ from prufed_cli.packing.chunks import Encoding
 
 LAYOUT: Final = 1
 METADATA_KEY: Final = "prufed-packed"
-LENGTH_BYTES: Final = 8  # the header's length, little endian, comes first
 
 CHUNK: Final = 2**20
 """Entries per chunk; part of layout 1, so that no file can ask for a chunk of any size."""
@@ -80,19 +79,6 @@ def damaged(path: Path, problem: str) -> PrufedError:
     return PrufedError(
         f"{path} cannot be unpacked: {problem}", "fetch it again, or pack it again", INTEGRITY
     )
-
-
-def read_header(file: BinaryIO) -> bytes:
-    """Return the header of a safetensors file, its length before it not included.
-
-    Raises:
-        ValueError: the file is shorter than that.
-    """
-    length = int.from_bytes(file.read(LENGTH_BYTES), "little")
-    header = file.read(length) if length <= LONGEST_HEADER else b""
-    if not length or len(header) != length:
-        raise ValueError("the header is not whole")
-    return header
 
 
 def parse_header(header: bytes | str) -> list[Stored]:
