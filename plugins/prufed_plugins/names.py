@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
+from typing import Final, Literal
 
-from prufed_plugins.masks import split_factor
+from prufed_plugins.errors import MethodError
+
+_FACTOR_A: Final = ".lora_A.weight"
+_FACTOR_B: Final = ".lora_B.weight"
 
 
 @lru_cache(maxsize=2**16)  # a merge asks for every name of every client
@@ -22,6 +26,22 @@ def in_layers(name: str, layers: Iterable[int]) -> bool:
     """Return whether a client with these decoder layers has the module; all share the others."""
     index = layer_index(name)
     return index is None or index in layers
+
+
+def split_factor(name: str) -> tuple[str, Literal["A", "B"]]:
+    """Return (module, factor) of an adapter tensor's name.
+
+    Raises:
+        MethodError: the name ends neither in ``.lora_A.weight`` nor in ``.lora_B.weight``.
+    """
+    if name.endswith(_FACTOR_A):
+        return name.removesuffix(_FACTOR_A), "A"
+    if name.endswith(_FACTOR_B):
+        return name.removesuffix(_FACTOR_B), "B"
+    raise MethodError(
+        f"{name!r} is not the name of an adapter tensor",
+        f"names look like model.layers.0.self_attn.q_proj{_FACTOR_A}",
+    )
 
 
 def by_module(names: Iterable[str]) -> dict[str, dict[str, str]]:

@@ -19,7 +19,7 @@ from prufed_plugins.aggregators.validation import in_order, read_mask
 from prufed_plugins.api import GlobalState, Update
 from prufed_plugins.diagnostics import WHOLE, Measurement, Sending, measure
 from prufed_plugins.errors import UpdateError
-from prufed_plugins.masks import split_factor
+from prufed_plugins.names import split_factor
 
 _FEWEST = 3
 """Clients a round needs for one to be an outlier: it is held against two others at least."""

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from prufed_plugins.api import GlobalState
 from prufed_plugins.errors import MethodError
-from prufed_plugins.masks import split_factor
-from prufed_plugins.names import in_layers
+from prufed_plugins.names import in_layers, split_factor
 
 
 def write_back(

@@ -16,7 +16,8 @@ from prufed_cli.models.adapters import AdapterSpec, rank_of
 from prufed_cli.models.base import base_masks
 from prufed_cli.models.layer_names import to_global
 from prufed_plugins.api import Update
-from prufed_plugins.masks import MaskFile, digest, load_masks, save_masks, split_factor
+from prufed_plugins.mask_files import MaskFile, digest, load_masks, save_masks
+from prufed_plugins.names import split_factor
 from prufed_plugins.tensor_files import Entries, TensorFile
 from prufed_registry import Parent
 

@@ -23,7 +23,7 @@ from prufed_cli.federation.tuning import client_parents, client_recipe
 from prufed_plugins.aggregators.streaming import aggregate
 from prufed_plugins.api import FirstGradient, Update
 from prufed_plugins.errors import MethodError
-from prufed_plugins.masks import split_factor
+from prufed_plugins.names import split_factor
 from prufed_plugins.write_back import with_own
 from prufed_registry import Parent, fingerprint
 

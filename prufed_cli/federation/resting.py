@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from prufed_plugins.masks import split_factor
+from prufed_plugins.names import split_factor
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,7 +13,8 @@ from prufed_cli.federation.local import Job, Outcome, make_tuner
 from prufed_cli.federation.resting import resting_factors
 from prufed_cli.federation.seeds import derive
 from prufed_cli.federation.standing import first_ranks, masks_of, own_adapter, start_of
-from prufed_plugins.masks import magnitude_mask, split_factor
+from prufed_plugins.factor_masks import magnitude_mask
+from prufed_plugins.names import split_factor
 from prufed_registry import Parent, fingerprint
 
 if TYPE_CHECKING:

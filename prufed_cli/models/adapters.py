@@ -27,7 +27,7 @@ from prufed_cli.models.masked_lora import (
     folded,
     is_transposed,
 )
-from prufed_plugins.masks import factor_masks
+from prufed_plugins.factor_masks import factor_masks
 
 __all__ = [
     "PRESETS",

@@ -413,7 +413,7 @@ def base_masks(artifact: Artifact) -> Mapping[str, Tensor] | None:
     path = artifact.path / MASKS_FILE
     if not path.is_file():
         return None
-    from prufed_plugins.masks import MaskFile
+    from prufed_plugins.mask_files import MaskFile
 
     return MaskFile(path)
 

@@ -192,7 +192,7 @@ def _check_stated(directory: Path, target: Path, manifest: Manifest, paths: list
 
 def _masks(directory: Path) -> Mapping[str, Tensor]:
     """Return the masks of an artifact by stored name, each read when it is asked for."""
-    from prufed_plugins.masks import MaskFile
+    from prufed_plugins.mask_files import MaskFile
 
     with _mask_errors():
         return MaskFile(directory / MASKS_FILE).as_stored()

@@ -14,7 +14,7 @@ from prufed_cli.models.streaming import StreamedDecoder
 from prufed_cli.pruning.work import Work, WorkBlock
 from prufed_plugins.entries import clear, count
 from prufed_plugins.errors import MethodError
-from prufed_plugins.masks import mask_metadata, pack
+from prufed_plugins.mask_files import mask_metadata, pack
 
 if TYPE_CHECKING:
     from torch import Tensor

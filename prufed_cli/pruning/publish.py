@@ -26,7 +26,7 @@ from prufed_cli.models.stored import (
 from prufed_cli.pruning.job import REPORT_FILE, Job, Made
 from prufed_cli.pruning.request import PruneRequest, percent
 from prufed_plugins.entries import count
-from prufed_plugins.masks import MaskFile, mask_metadata
+from prufed_plugins.mask_files import MaskFile, digest, mask_metadata
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -353,8 +353,6 @@ def _write_masks(path: Path, outcome: Outcome) -> None:
 
 
 def _masks_digest(path: Path, outcome: Outcome) -> str:
-    from prufed_plugins.masks import digest
-
     return digest(MaskFile(path) if outcome.masks else {})
 
 

@@ -21,7 +21,7 @@ from prufed_plugins.aggregators.heteagg_layer import HeteAggLayer
 from prufed_plugins.aggregators.streaming import Aggregated, aggregate
 from prufed_plugins.api import GlobalState, Update
 from prufed_plugins.errors import UpdateError
-from prufed_plugins.masks import MaskFile, digest, save_masks
+from prufed_plugins.mask_files import MaskFile, digest, save_masks
 from prufed_plugins.memory import scratch
 from prufed_plugins.params import FedAvgParams, HeteAggLayerParams, HeteAggParams
 from prufed_plugins.tensor_files import TensorFile

@@ -13,7 +13,7 @@ from prufed_plugins.aggregators.heteagg import HeteAgg
 from prufed_plugins.aggregators.heteagg_layer import HeteAggLayer
 from prufed_plugins.aggregators.streaming import aggregate
 from prufed_plugins.api import GlobalState, Update
-from prufed_plugins.masks import nested_mask
+from prufed_plugins.factor_masks import nested_mask
 from prufed_plugins.params import FedAvgParams, HeteAggLayerParams, HeteAggParams
 from prufed_plugins.testing.federation import random_state, random_update
 from prufed_plugins.write_back import write_back

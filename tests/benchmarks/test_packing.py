@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prufed_cli.packing import pack_file, unpack_file
-from prufed_plugins.masks import MaskFile, magnitude_mask, save_masks
+from prufed_plugins.factor_masks import magnitude_mask
+from prufed_plugins.mask_files import MaskFile, save_masks
 
 SIZE = 4096
 

@@ -15,7 +15,7 @@ from prufed_cli.federation.federate import FederateResult, federate
 from prufed_cli.models.base import base_masks
 from prufed_plugins.builtin import prufed_aggregators
 from prufed_plugins.errors import MethodError
-from prufed_plugins.masks import split_factor
+from prufed_plugins.names import split_factor
 from prufed_registry import Registry
 
 Document = dict[str, Any]

@@ -16,7 +16,7 @@ from prufed_cli.federation.artifacts import read_masks, read_tensors
 from prufed_cli.federation.federate import FederateResult, federate
 from prufed_cli.main import main
 from prufed_cli.models.adapter_files import WEIGHTS_FILE
-from prufed_plugins.masks import split_factor
+from prufed_plugins.names import split_factor
 from prufed_registry import Registry
 
 Document = dict[str, Any]

@@ -153,7 +153,8 @@ def test_a_mask_of_another_shape_is_not_used(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("sparsity", "limit"), [(0.5, 0.40), (0.75, 0.22)])
 def test_sizes_of_a_pruned_matrix(tmp_path: Path, sparsity: float, limit: float) -> None:
     """Masks and values in bf16 against the dense matrix; 4096 x 4096 is a benchmark."""
-    from prufed_plugins.masks import magnitude_mask, save_masks
+    from prufed_plugins.factor_masks import magnitude_mask
+    from prufed_plugins.mask_files import save_masks
 
     torch.manual_seed(0)
     weight = torch.randn(1024, 1024) * 0.02

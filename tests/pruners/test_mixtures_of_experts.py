@@ -23,7 +23,7 @@ from prufed_cli.models.decoder import check_matrices
 from prufed_cli.models.experts import SUPPORTED, Experts, router_names, unfuse_experts
 from prufed_plugins.api import PruneTarget
 from prufed_plugins.discover import build
-from prufed_plugins.masks import MaskFile
+from prufed_plugins.mask_files import MaskFile
 from tests.pruners.whole_models import open_decoder, slice_layers
 
 SHAPE: dict[str, Any] = {

@@ -37,7 +37,7 @@ from prufed_cli.packing.directories import PACKED
 from prufed_cli.packing.files import read_packed
 from prufed_cli.progress import Reporter
 from prufed_cli.pruning import PruneRequest, PruneResult, prune, prune_several
-from prufed_plugins.masks import MaskFile, load_masks
+from prufed_plugins.mask_files import MaskFile, load_masks
 from tests.pruners.conftest import SHAPE, make_model
 
 Save = Callable[..., Path]

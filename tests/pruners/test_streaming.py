@@ -54,7 +54,7 @@ from prufed_cli.pruning.plan import layouts_of, look_at_layouts
 from prufed_cli.pruning.scores import streamed_perplexity
 from prufed_plugins.api import PruneTarget
 from prufed_plugins.discover import build
-from prufed_plugins.masks import load_masks, save_masks
+from prufed_plugins.mask_files import load_masks, save_masks
 from prufed_registry import Artifact, Registry
 from prufed_registry.errors import InvalidRequest, RegistryError
 from tests.pruners.whole_models import open_decoder, slice_layers

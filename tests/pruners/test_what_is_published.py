@@ -22,8 +22,8 @@ from prufed_cli.pruning.passes import run_pass
 from prufed_cli.pruning.submodels import _job
 from prufed_plugins.api import KeptLayers, PrunedMatrix
 from prufed_plugins.errors import MethodError
-from prufed_plugins.masks import MaskFile
-from prufed_plugins.masks import digest as masks_digest
+from prufed_plugins.mask_files import MaskFile
+from prufed_plugins.mask_files import digest as masks_digest
 from prufed_registry import Registry
 from prufed_registry.names import check_name
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prufed_plugins.masks import split_factor
+from prufed_plugins.names import split_factor
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ from prufed_plugins.aggregators.pieces import Buffers
 from prufed_plugins.api import GlobalState, Part, Update
 from prufed_plugins.entries import is_finite
 from prufed_plugins.errors import MethodError, UpdateError
-from prufed_plugins.masks import split_factor
-from prufed_plugins.names import in_layers
+from prufed_plugins.names import in_layers, split_factor
 from prufed_plugins.tensor_files import Entries, entries_of
 
 _SAME_RUN = "every client must start from this run's global adapter"

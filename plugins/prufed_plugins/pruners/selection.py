@@ -10,6 +10,8 @@ scores tie.
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -17,7 +19,6 @@ import torch
 
 from prufed_plugins.entries import count as count_true
 from prufed_plugins.errors import MethodError
-from prufed_plugins.masks import removed_count
 from prufed_plugins.quickselect import kth_smallest
 
 if TYPE_CHECKING:
@@ -72,6 +73,21 @@ def check_pattern(name: str, columns: int, pattern: tuple[int, int]) -> None:
             f"pattern {n}:{m} would remove all {columns} columns of {name}",
             "choose smaller groups, for example --pattern 2:4",
         )
+
+
+def removed_count(sparsity: float, size: int) -> int:
+    """Return ⌊sparsity · size⌋, with the sparsity read as the decimal a person typed.
+
+    ``0.29 * 100`` is 28.999… in floating point; here it is 29.
+
+    Raises:
+        MethodError: the sparsity is not in [0, 1).
+    """
+    if not 0 <= sparsity < 1:
+        raise MethodError(
+            f"sparsity {sparsity} is outside [0, 1)", "give the share of entries to remove"
+        )
+    return math.floor(Fraction(repr(float(sparsity))) * size)
 
 
 def pruned_count(sparsity: float, entries: int) -> int:

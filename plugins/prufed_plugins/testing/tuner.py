@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from prufed_plugins.api import TrainingData, Tuner, TuneResult, TuneStep
 from prufed_plugins.errors import MethodError
-from prufed_plugins.masks import nested_mask, split_factor
+from prufed_plugins.factor_masks import nested_mask
+from prufed_plugins.names import split_factor
 from prufed_plugins.testing.checks import Outcome, run_checks
 
 RANK = 4

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prufed_plugins.api import AdaptedModel, TrainingData, TuneResult, TuneStep
-from prufed_plugins.masks import split_factor
+from prufed_plugins.names import split_factor
 from prufed_plugins.params import HetLoraTunerParams
 from prufed_plugins.tuners.lora import LoraTuner
 from prufed_plugins.tuners.training import Penalty, add_gradient

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from prufed_plugins.api import AdaptedModel, Factors, TrainingData, TuneResult, TuneStep
 from prufed_plugins.errors import MethodError
-from prufed_plugins.masks import split_factor
+from prufed_plugins.names import split_factor
 from prufed_plugins.params import LoraParams
 
 IGNORE = -100
