@@ -117,7 +117,11 @@ def export_merged(
 
     from prufed_cli.home import open_registry
     from prufed_cli.models.base import keeps_masks, load_reference, stored_dtype
-    from prufed_cli.pruning.publish import GENERATION_FILE, copy_tokenizer, write_generation_config
+    from prufed_cli.pruning.publish import (
+        GENERATION_FILE,
+        copy_companion_files,
+        write_generation_config,
+    )
 
     registry = registry or open_registry()
     artifact = registry.resolve(reference)
@@ -137,7 +141,7 @@ def export_merged(
         model.generation_config = GenerationConfig()  # some of them refuse to be saved
         model.to(stored_dtype(base)).save_pretrained(partial)
         (partial / GENERATION_FILE).unlink(missing_ok=True)
-        copy_tokenizer(base.path, partial)
+        copy_companion_files(base.path, partial)
         if model.can_generate():
             write_generation_config(base.path, partial)
         if keeps_masks(artifact) and (base.path / MASKS_FILE).is_file():

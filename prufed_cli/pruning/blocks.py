@@ -11,7 +11,7 @@ import torch
 from prufed_cli.models.skeleton import Skeleton
 from prufed_cli.models.stored import Spec, TensorWriter
 from prufed_cli.models.streaming import StreamedDecoder
-from prufed_cli.pruning.work import Work, WorkBlock
+from prufed_cli.pruning.work import WorkBlock, WorkDirectory
 from prufed_plugins.entries import clear, count
 from prufed_plugins.errors import MethodError
 from prufed_plugins.mask_files import mask_metadata, pack
@@ -37,16 +37,16 @@ class BlockStore:
 
     def __init__(
         self,
-        work: Work,
+        work: WorkDirectory,
         skeleton: Skeleton,
         decoder: StreamedDecoder,
-        made: int,
+        submodels: int,
     ) -> None:
         self._work = work
         self._skeleton = skeleton
         self._decoder = decoder
-        self._made = made
-        self._next = work.finished(made, len(decoder.blocks))
+        self._submodels = submodels
+        self._next = work.finished(submodels, len(decoder.blocks))
         self._open: list[_OpenBlock] = []
         self._matrices = {
             f"{name}.weight"
@@ -55,7 +55,7 @@ class BlockStore:
         }
         decoder.start = self._next
         decoder.released = self._released
-        if made == 1:
+        if submodels == 1:
             for index in range(self._next):
                 self._replace(index)
 
@@ -72,10 +72,10 @@ class BlockStore:
                 what is not as :class:`PrunedMatrix` says.
         """
         names = [result.name for result in results]
-        if len(names) != self._made or len(set(names)) != 1:
+        if len(names) != self._submodels or len(set(names)) != 1:
             raise MethodError(
                 f"the pruner returned {', '.join(names) or 'nothing'} at once, not one matrix of "
-                f"{self._made} sub-models",
+                f"{self._submodels} sub-models",
                 _HINT,
             )
         name = names[0]
@@ -89,7 +89,7 @@ class BlockStore:
         if not self._open or self._open[0].index != index:
             self._finish()
             self._skip_to(index)
-            self._open = [self._begin(made, index) for made in range(self._made)]
+            self._open = [self._begin(each, index) for each in range(self._submodels)]
         before = self._decoder.masks.get(name)
         for block, result in zip(self._open, results, strict=True):
             block.put(result if before is None else _within(before, result))
@@ -105,9 +105,9 @@ class BlockStore:
             block.discard()
         self._open = []
 
-    def _begin(self, made: int, index: int) -> _OpenBlock:
+    def _begin(self, submodel: int, index: int) -> _OpenBlock:
         names = self._decoder.parameters(index)
-        return _OpenBlock(index, self._work.block(made, index), self._skeleton, names)
+        return _OpenBlock(index, self._work.block(submodel, index), self._skeleton, names)
 
     def _released(self, index: int) -> None:
         if self._open and self._open[0].index == index:
@@ -121,14 +121,14 @@ class BlockStore:
             self._work.write(block.place.facts, block.commit())
         self._open = []
         self._next = index + 1
-        if self._made == 1:
+        if self._submodels == 1:
             self._replace(index)
 
     def _skip_to(self, index: int) -> None:
         """Finish the blocks before ``index`` as they are in the base."""
         for skipped in range(self._next, index):
-            for made in range(self._made):
-                facts = self._work.block(made, skipped).facts
+            for each in range(self._submodels):
+                facts = self._work.block(each, skipped).facts
                 self._work.write(facts, {"rows": [], "shapes": {}, "kept": {}})
         self._next = max(self._next, index)
 

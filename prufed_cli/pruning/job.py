@@ -48,7 +48,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Made:
+class SubModelSpec:
     """One sub-model to be made.
 
     Attributes:
@@ -84,7 +84,7 @@ class Job:
     """One pass: one sub-model, or several nested ones.
 
     Attributes:
-        made: what is to be made; more than one only where ``nested``.
+        submodels: what is to be made; more than one only where ``nested``.
         nested: whether the sub-models lie inside one another and share the pass.
         pruner: the method.
         base: what is pruned.
@@ -97,7 +97,7 @@ class Job:
         reporter: told how far it is.
     """
 
-    made: tuple[Made, ...]
+    submodels: tuple[SubModelSpec, ...]
     nested: bool
     pruner: Pruner
     base: Artifact
@@ -112,7 +112,7 @@ class Job:
     @property
     def method(self) -> str:
         """The method's name."""
-        return self.made[0].request.method
+        return self.submodels[0].request.method
 
     @property
     def fingerprint(self) -> str:
@@ -124,8 +124,8 @@ class Job:
 
         content = {
             "base": self.base.digest,
-            "recipes": [dict(made.recipe) for made in self.made],
-            "names": [made.request.name for made in self.made],
+            "recipes": [dict(each.recipe) for each in self.submodels],
+            "names": [each.request.name for each in self.submodels],
             "nested": self.nested,
             "device": self.options.device.type,
             "compute": str(self.options.compute),

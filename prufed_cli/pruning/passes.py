@@ -23,14 +23,14 @@ from prufed_cli.pruning.blocks import BlockStore
 from prufed_cli.pruning.job import Job
 from prufed_cli.pruning.plan import Plan, in_batches, make_plan, warn_of_few_tokens
 from prufed_cli.pruning.publish import (
-    Outcome,
+    SubModelParts,
     made_before,
-    masked_outcome,
+    masked_submodel,
     publish,
-    sliced_outcome,
+    sliced_submodel,
 )
 from prufed_cli.pruning.scores import perplexity_report
-from prufed_cli.pruning.work import Work, take_work
+from prufed_cli.pruning.work import WorkDirectory, take_work
 from prufed_plugins.api import KeptLayers, PrunedMatrix, PruneTarget
 from prufed_plugins.errors import MethodError
 from prufed_plugins.memory import give_back, mapped_above
@@ -75,15 +75,15 @@ def run_pass(job: Job, wanted: Sequence[int]) -> list[tuple[Artifact, bool]]:
     with take_work(job.workplace, job.fingerprint, job.reporter.note) as work:
         if job.options.force:
             work.begin_anew()
-        elif all(found := [made_before(job, job.made[each]) for each in wanted]):
+        elif all(found := [made_before(job, job.submodels[each]) for each in wanted]):
             return [(artifact, True) for artifact in found if artifact is not None]
         _use_threads_of(work)
         with _can_be_resumed(job, work, len(decoder.blocks)), storage_errors("prune"):
             plan = _told_plan(job, skeleton, decoder, work)
             score = _scorer(job, work)
-            outcomes = _prune(job, skeleton, decoder, work, plan)
+            parts = _prune(job, skeleton, decoder, work, plan)
             artifacts = [
-                publish(job, job.made[each], outcomes[each], score, time.monotonic() - started)
+                publish(job, job.submodels[each], parts[each], score, time.monotonic() - started)
                 for each in wanted
             ]
         work.clear()
@@ -105,10 +105,10 @@ def plan_pass(job: Job) -> Plan:
 
 def _left_off(job: Job, blocks: int) -> int:
     """Return after how many blocks a pass would go on."""
-    work = Work(job.workplace / job.fingerprint)
+    work = WorkDirectory(job.workplace / job.fingerprint)
     if job.options.force and not work.begun_anew:
         return 0
-    return work.finished(len(job.made), blocks)
+    return work.finished(len(job.submodels), blocks)
 
 
 def _open(job: Job) -> tuple[Skeleton, StreamedDecoder]:
@@ -126,7 +126,7 @@ def _open(job: Job) -> tuple[Skeleton, StreamedDecoder]:
     if getattr(job.pruner, "needs_matrices", True):
         check_matrices(skeleton.model, skeleton.prefix)
     if hasattr(job.pruner, "check"):
-        targets = [made.target for made in job.made]
+        targets = [each.target for each in job.submodels]
         cast("CheckingPruner", job.pruner).check(decoder, targets)
     return skeleton, decoder
 
@@ -155,15 +155,15 @@ def _bare(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _use_threads_of(work: Work) -> None:
+def _use_threads_of(work: WorkDirectory) -> None:
     """Go on with as many threads as the work was begun with: others round sums differently."""
     begun = work.answer("threads", lambda: {"threads": torch.get_num_threads()})
     torch.set_num_threads(begun["threads"])
 
 
-def _told_plan(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, work: Work) -> Plan:
+def _told_plan(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, work: WorkDirectory) -> Plan:
     """Return the plan of what is left to do, and tell it before any of it is done."""
-    plan = make_plan(job, skeleton, decoder, work.finished(len(job.made), len(decoder.blocks)))
+    plan = make_plan(job, skeleton, decoder, work.finished(len(job.submodels), len(decoder.blocks)))
     decoder.release()
     for line in plan.lines():
         job.reporter.note(line)
@@ -172,13 +172,13 @@ def _told_plan(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, work: Wor
 
 
 def _prune(
-    job: Job, skeleton: Skeleton, decoder: StreamedDecoder, work: Work, plan: Plan
-) -> Sequence[Outcome]:
+    job: Job, skeleton: Skeleton, decoder: StreamedDecoder, work: WorkDirectory, plan: Plan
+) -> Sequence[SubModelParts]:
     total = len(decoder.blocks)
-    finished = work.finished(len(job.made), total)
+    finished = work.finished(len(job.submodels), total)
     decoder.hold_in(work.path if plan.in_file else None)
     decoder.masks = base_masks(job.base) or {}
-    store = BlockStore(work, skeleton, decoder, len(job.made))
+    store = BlockStore(work, skeleton, decoder, len(job.submodels))
     with job.reporter.task(f"prune with {job.method}", total=total) as task:
         task.reach(finished)
 
@@ -189,7 +189,7 @@ def _prune(
 
         try:
             if job.pruner.result == "sliced":
-                return [sliced_outcome(job, skeleton, _kept_layers(job, decoder, progress))]
+                return [sliced_submodel(job, skeleton, _kept_layers(job, decoder, progress))]
             if store.finished < total:
                 for results in _results(job, decoder, work, progress):
                     store.take(results)
@@ -199,7 +199,7 @@ def _prune(
             decoder.release()
         finally:
             store.discard()
-    return [masked_outcome(job, skeleton, work, index) for index in range(len(job.made))]
+    return [masked_submodel(job, skeleton, work, index) for index in range(len(job.submodels))]
 
 
 def _kept_layers(job: Job, decoder: StreamedDecoder, progress: Progress) -> KeptLayers:
@@ -208,7 +208,7 @@ def _kept_layers(job: Job, decoder: StreamedDecoder, progress: Progress) -> Kept
     Raises:
         MethodError: the pruner gave none, several, or something else.
     """
-    results = list(job.pruner.prune(decoder, _batches(job), job.made[0].target, progress))
+    results = list(job.pruner.prune(decoder, _batches(job), job.submodels[0].target, progress))
     if len(results) != 1 or not isinstance(results[0], KeptLayers):
         raise MethodError(
             f"the pruner {job.method} prunes layers, but did not say once which to keep",
@@ -218,7 +218,7 @@ def _kept_layers(job: Job, decoder: StreamedDecoder, progress: Progress) -> Kept
 
 
 def _results(
-    job: Job, decoder: StreamedDecoder, work: Work, progress: Progress
+    job: Job, decoder: StreamedDecoder, work: WorkDirectory, progress: Progress
 ) -> Iterator[Sequence[PrunedMatrix]]:
     """Yield one result per sub-model for every matrix that is still to be pruned."""
     targets = _surveyed(job, decoder, work)
@@ -235,13 +235,13 @@ def _results(
         yield (result,)
 
 
-def _surveyed(job: Job, decoder: StreamedDecoder, work: Work) -> Sequence[PruneTarget]:
+def _surveyed(job: Job, decoder: StreamedDecoder, work: WorkDirectory) -> Sequence[PruneTarget]:
     """Return the targets, refined by the pruner's survey where it makes one.
 
     The survey is kept with the work: a prune that goes on is given the answer of its beginning.
     """
     if not hasattr(job.pruner, "survey"):
-        return [made.target for made in job.made]
+        return [each.target for each in job.submodels]
 
     def ask() -> Mapping[str, Any]:
         with ExitStack() as stack:
@@ -262,7 +262,7 @@ def _surveyed(job: Job, decoder: StreamedDecoder, work: Work) -> Sequence[PruneT
 
 def _survey(job: Job, decoder: StreamedDecoder, progress: Progress) -> Sequence[PruneTarget]:
     """Ask the pruner to look at the model: once for all targets, where it can."""
-    targets = [made.target for made in job.made]
+    targets = [each.target for each in job.submodels]
     if hasattr(job.pruner, "survey_nested"):
         nested = cast("NestedSurveyingPruner", job.pruner)
         return nested.survey_nested(decoder, _batches(job), targets, progress)
@@ -280,7 +280,7 @@ def _batches(job: Job) -> Sequence[Any] | None:
     return job.calibration.batches if job.calibration else None
 
 
-def _scorer(job: Job, work: Work) -> Callable[[Path], dict[str, Any]]:
+def _scorer(job: Job, work: WorkDirectory) -> Callable[[Path], dict[str, Any]]:
     """Return what scores a written sub-model; the base is scored here."""
     text, score = job.text, job.score
     if text is None or score is None:
@@ -290,11 +290,11 @@ def _scorer(job: Job, work: Work) -> Callable[[Path], dict[str, Any]]:
 
 
 @contextmanager
-def _can_be_resumed(job: Job, work: Work, total: int) -> Iterator[None]:
+def _can_be_resumed(job: Job, work: WorkDirectory, total: int) -> Iterator[None]:
     """Say how work that is cut off goes on, and drop work that a method refuses to finish."""
 
     def how() -> str | None:
-        done = work.finished(len(job.made), total)
+        done = work.finished(len(job.submodels), total)
         if done == 0 or job.pruner.result == "sliced":
             return None
         return f"the same command goes on after block {done} of {total}"

@@ -155,7 +155,7 @@ def make_plan(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, begin: int
     if _reads_blocks(job):
         indices = range(len(decoder.blocks))
         block = max(_block_bytes(skeleton, decoder, index, width) for index in indices)
-        batch = largest * 4 * (_COPIES + len(job.made) - 1)
+        batch = largest * 4 * (_COPIES + len(job.submodels) - 1)
     if batches:
         layouts = look_at_layouts(decoder, batches[0], layouts)
         batch = max(batch, batches[0].numel() * _token_bytes(skeleton, decoder, width))
@@ -383,15 +383,16 @@ def _seconds(job: Job, skeleton: Skeleton, layouts: Sequence[Layout], begin: int
     tokens = sum(each.numel() for each in batches)
     through = sum(len(layout.blocks) * layout.token for layout in layouts)  # all blocks, one token
     stored = sum(math.prod(one.shape) for one in skeleton.stored.values())
-    seconds = len(job.made) * publish_seconds(stored, rates)
+    seconds = len(job.submodels) * publish_seconds(stored, rates)
     if job.text is not None:
-        models = len(job.made) + (begin == 0)  # the base is scored before its first block is done
+        # the base is scored before its first block is done
+        models = len(job.submodels) + (begin == 0)
         config = skeleton.model.config.get_text_config()
         head = head_seconds(config.vocab_size, config.hidden_size, rates)
         seconds += models * len(job.text.tokens) * (through + head)
     if job.pruner.result == "sliced":
         return seconds + through * tokens
-    surveyed = job.made[0].recipe["params"].get("layer_ratio") == "owl"
+    surveyed = job.submodels[0].recipe["params"].get("layer_ratio") == "owl"
     last = max(layout.blocks[-1] for layout in layouts)
     for layout in layouts:
         forward = layout.token * tokens
@@ -402,7 +403,7 @@ def _seconds(job: Job, skeleton: Skeleton, layouts: Sequence[Layout], begin: int
             forward=forward,
             passes=0,
             hessians=statistic_bytes(job)(1000) >= _HESSIAN_BYTES,
-            targets=len(job.made),
+            targets=len(job.submodels),
         )
         for index in layout.blocks:
             if index < begin:  # run again, to see what the first unfinished block receives

@@ -23,7 +23,7 @@ from prufed_cli.models.stored import (
     stored_tensors,
     write_checkpoint,
 )
-from prufed_cli.pruning.job import REPORT_FILE, Job, Made
+from prufed_cli.pruning.job import REPORT_FILE, Job, SubModelSpec
 from prufed_cli.pruning.request import PruneRequest, percent
 from prufed_plugins.entries import count
 from prufed_plugins.mask_files import MaskFile, digest, mask_metadata
@@ -31,7 +31,7 @@ from prufed_plugins.mask_files import MaskFile, digest, mask_metadata
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from prufed_cli.pruning.work import Work
+    from prufed_cli.pruning.work import WorkDirectory
     from prufed_plugins.api import KeptLayers
     from prufed_registry import Artifact
 
@@ -53,7 +53,7 @@ _NOT_COPIED = {"config.json", "prufed.json", "README.md", REPORT_FILE}
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SubModelParts:
     """A sub-model that is still in pieces.
 
     Attributes:
@@ -77,7 +77,9 @@ class Outcome:
     seconds: Mapping[str, float]
 
 
-def masked_outcome(job: Job, skeleton: Skeleton, work: Work, made: int) -> Outcome:
+def masked_submodel(
+    job: Job, skeleton: Skeleton, work: WorkDirectory, submodel: int
+) -> SubModelParts:
     """Return what a pass of an element-wise pruner came to for one of its sub-models."""
     config = skeleton.model.config.get_text_config()
     tensors = {skeleton.saved_name(name): stored for name, stored in skeleton.stored.items()}
@@ -86,7 +88,7 @@ def masked_outcome(job: Job, skeleton: Skeleton, work: Work, made: int) -> Outco
     rows: list[dict[str, Any]] = []
     kept = 0
     for index in range(config.num_hidden_layers):
-        block = work.block(made, index)
+        block = work.block(submodel, index)
         facts = block.read_facts()
         rows += facts["rows"]
         shapes |= facts["shapes"]
@@ -116,7 +118,7 @@ def masked_outcome(job: Job, skeleton: Skeleton, work: Work, made: int) -> Outco
     saved = {name: skeleton.saved_name(name) for name in masks}
     uses = Counter(saved.values())  # of one tensor that is several parameters, no mask is the mask
     others = {name: other for name, other in saved.items() if name != other and uses[other] == 1}
-    return Outcome(skeleton.model, tensors, masks, shapes, others, details, report, seconds)
+    return SubModelParts(skeleton.model, tensors, masks, shapes, others, details, report, seconds)
 
 
 def _sparsity(kept: int, shapes: Mapping[str, Sequence[int]]) -> float:
@@ -125,7 +127,7 @@ def _sparsity(kept: int, shapes: Mapping[str, Sequence[int]]) -> float:
     return round(1 - kept / total, 6) if total else 0.0
 
 
-def sliced_outcome(job: Job, skeleton: Skeleton, result: KeptLayers) -> Outcome:
+def sliced_submodel(job: Job, skeleton: Skeleton, result: KeptLayers) -> SubModelParts:
     """Return what a pass of a layer pruner came to: the kept blocks under their new numbers."""
     from prufed_cli.models.layer_names import to_local
     from prufed_cli.models.slicing import check_layers, slice_config
@@ -174,7 +176,7 @@ def sliced_outcome(job: Job, skeleton: Skeleton, result: KeptLayers) -> Outcome:
     }
     if result.scores is not None:
         report["scores"] = list(result.scores)
-    return Outcome(model, tensors, masks, shapes, others, details, report, {})
+    return SubModelParts(model, tensors, masks, shapes, others, details, report, {})
 
 
 def _check_blocks(
@@ -208,14 +210,18 @@ def _check_blocks(
 
 
 def publish(
-    job: Job, made: Made, outcome: Outcome, score: Callable[[Path], dict[str, Any]], seconds: float
+    job: Job,
+    submodel: SubModelSpec,
+    parts: SubModelParts,
+    score: Callable[[Path], dict[str, Any]],
+    seconds: float,
 ) -> Artifact:
     """Write a sub-model and publish it.
 
     Args:
         job: the pass.
-        made: which of its sub-models.
-        outcome: the sub-model.
+        submodel: which of its sub-models.
+        parts: what it is put together from.
         score: returns what the report says about perplexity, given the written model.
         seconds: how long the pass took.
     """
@@ -224,36 +230,36 @@ def publish(
     from prufed_registry.durable import storage_errors
 
     metrics: dict[str, Any] = {"seconds": round(seconds, 3)}
-    if outcome.seconds:
-        metrics["matrix_seconds"] = dict(outcome.seconds)
+    if parts.seconds:
+        metrics["matrix_seconds"] = dict(parts.seconds)
     with job.registry.stage() as staging:
         with job.reporter.task("write the sub-model"), storage_errors("write the sub-model"):
-            _write(staging.path, job, made, outcome)
-        outcome.report.update(score(staging.path))
-        report = json.dumps(outcome.report, indent=1) + "\n"
+            _write(staging.path, job, submodel, parts)
+        parts.report.update(score(staging.path))
+        report = json.dumps(parts.report, indent=1) + "\n"
         (staging.path / REPORT_FILE).write_text(report)
-        (staging.path / "README.md").write_text(_card(made.request, job.base, outcome.details))
+        (staging.path / "README.md").write_text(_card(submodel.request, job.base, parts.details))
         return staging.publish(
-            name=made.request.name or default_name(job.base, made.request),
+            name=submodel.request.name or default_name(job.base, submodel.request),
             kind="pruned",
             parents=[Parent(ref=job.base.ref, digest=job.base.digest)],
-            recipe=made.recipe,
+            recipe=submodel.recipe,
             environment=versions(),
             metrics=metrics,
-            details=outcome.details,
+            details=parts.details,
         )
 
 
-def made_before(job: Job, made: Made) -> Artifact | None:
+def made_before(job: Job, submodel: SubModelSpec) -> Artifact | None:
     """Return what the same recipe made before, under any name or the one asked for."""
     from prufed_registry import Parent, fingerprint
 
     parents = [Parent(ref=job.base.ref, digest=job.base.digest)]
-    recipe = fingerprint("pruned", parents, made.recipe)
-    return job.registry.find(recipe, kind="pruned", name=made.request.name)
+    recipe = fingerprint("pruned", parents, submodel.recipe)
+    return job.registry.find(recipe, kind="pruned", name=submodel.request.name)
 
 
-def copy_tokenizer(source: Path, directory: Path) -> None:
+def copy_companion_files(source: Path, directory: Path) -> None:
     """Copy what lies beside a model's weights and configuration: tokenizer, templates, licence."""
     for file in sorted(source.iterdir()):
         skipped = file.name in _NOT_COPIED or file.name.endswith(_WEIGHTS)
@@ -310,21 +316,21 @@ def default_name(base: Artifact, request: PruneRequest) -> str:
     return f"{slug(base.name, max(_LONGEST_NAME - len(how) - 1, 2))}-{how}"
 
 
-def _write(directory: Path, job: Job, made: Made, outcome: Outcome) -> None:
+def _write(directory: Path, job: Job, submodel: SubModelSpec, parts: SubModelParts) -> None:
     """Write every weight in its own dtype, the tokenizer's files as they are, and the masks."""
-    specs = {name: Spec(one.dtype, one.shape) for name, one in outcome.tensors.items()}
-    write_checkpoint(directory, specs, outcome.tensors.__getitem__, job.options.largest_file)
+    specs = {name: Spec(one.dtype, one.shape) for name, one in parts.tensors.items()}
+    write_checkpoint(directory, specs, parts.tensors.__getitem__, job.options.largest_file)
     stated = stated_dtype(job.base) or str(job.dtype).removeprefix("torch.")
-    lacking = _write_configuration(directory, outcome.model, stated)
-    if lacking and made is job.made[0]:
+    lacking = _write_configuration(directory, parts.model, stated)
+    if lacking and submodel is job.submodels[0]:
         job.reporter.note(f"layers for multi-token prediction are left out: {lacking} is now 0")
-    copy_tokenizer(job.base.path, directory)
-    if outcome.model.can_generate():
+    copy_companion_files(job.base.path, directory)
+    if parts.model.can_generate():
         write_generation_config(job.base.path, directory)
-    if outcome.masks:
-        _write_masks(directory / MASKS_FILE, outcome)
-    if outcome.details["result"] == "masked":
-        outcome.details["masks_digest"] = _masks_digest(directory / MASKS_FILE, outcome)
+    if parts.masks:
+        _write_masks(directory / MASKS_FILE, parts)
+    if parts.details["result"] == "masked":
+        parts.details["masks_digest"] = _masks_digest(directory / MASKS_FILE, parts)
 
 
 def _write_configuration(directory: Path, model: PreTrainedModel, dtype: str) -> str | None:
@@ -344,16 +350,16 @@ def _write_configuration(directory: Path, model: PreTrainedModel, dtype: str) ->
     return lacking
 
 
-def _write_masks(path: Path, outcome: Outcome) -> None:
-    specs = {name: Spec(one.dtype, one.shape) for name, one in outcome.masks.items()}
-    metadata = mask_metadata(outcome.mask_shapes, outcome.stored_names)
+def _write_masks(path: Path, parts: SubModelParts) -> None:
+    specs = {name: Spec(one.dtype, one.shape) for name, one in parts.masks.items()}
+    metadata = mask_metadata(parts.mask_shapes, parts.stored_names)
     with TensorWriter(path, specs, metadata) as out:
-        for name, packed in outcome.masks.items():
+        for name, packed in parts.masks.items():
             out.copy(name, packed)
 
 
-def _masks_digest(path: Path, outcome: Outcome) -> str:
-    return digest(MaskFile(path) if outcome.masks else {})
+def _masks_digest(path: Path, parts: SubModelParts) -> str:
+    return digest(MaskFile(path) if parts.masks else {})
 
 
 def _card(request: PruneRequest, base: Artifact, details: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, TypedDict, Unpack
 
 from prufed_cli.errors import USAGE, PrufedError
 from prufed_cli.progress import SILENT, Reporter
-from prufed_cli.pruning.job import LARGEST_FILE, Job, Made, Options, Score, ScoredText
+from prufed_cli.pruning.job import LARGEST_FILE, Job, Options, Score, ScoredText, SubModelSpec
 from prufed_cli.pruning.recipe import full_recipe, method_recipe
 from prufed_cli.pruning.request import (
     PruneRequest,
@@ -109,16 +109,16 @@ def prune_several(
 
     whole = _job(requests, options)
     force = whole.options.force
-    known = [None if force else made_before(whole, made) for made in whole.made]
+    known = [None if force else made_before(whole, each) for each in whole.submodels]
     results = {index: _reused(whole, one) for index, one in enumerate(known) if one is not None}
-    wanted = [index for index in range(len(whole.made)) if index not in results]
+    wanted = [index for index in range(len(whole.submodels)) if index not in results]
     if whole.nested and wanted:
         results |= _run(whole, wanted, wanted)
     elif not whole.nested:
         for index in wanted:
-            results |= _run(replace(whole, made=(whole.made[index],)), [0], [index])
+            results |= _run(replace(whole, submodels=(whole.submodels[index],)), [0], [index])
     sweep(whole.workplace)
-    return [results[index] for index in range(len(whole.made))]
+    return [results[index] for index in range(len(whole.submodels))]
 
 
 def plan_prune(requests: Sequence[PruneRequest], **options: Unpack[PruneOptions]) -> Plan:
@@ -134,12 +134,12 @@ def plan_prune(requests: Sequence[PruneRequest], **options: Unpack[PruneOptions]
 
     whole = _job(requests, options)
     if not whole.options.force:
-        for known in filter(None, (made_before(whole, made) for made in whole.made)):
+        for known in filter(None, (made_before(whole, each) for each in whole.submodels)):
             whole.reporter.note(_already_made(known))
     if whole.nested:
         return plan_pass(whole)
-    plan = plan_pass(replace(whole, made=whole.made[:1]))
-    return replace(plan, seconds=plan.seconds * len(whole.made))
+    plan = plan_pass(replace(whole, submodels=whole.submodels[:1]))
+    return replace(plan, seconds=plan.seconds * len(whole.submodels))
 
 
 def _run(job: Job, wanted: Sequence[int], indices: Sequence[int]) -> dict[int, PruneResult]:
@@ -178,8 +178,10 @@ def _job(requests: Sequence[PruneRequest], options: PruneOptions) -> Job:
     compute = stored if isinstance(chosen, str) else chosen
     calibration = _calibration(first, pruner, base, options, reporter)
     together = [request.sparsity for request in requests] if nested else None
-    made = tuple(
-        Made(request, target, full_recipe(request, method, calibration, text, compute, together))
+    submodels = tuple(
+        SubModelSpec(
+            request, target, full_recipe(request, method, calibration, text, compute, together)
+        )
         for request, target in zip(requests, targets, strict=True)
     )
     how = Options(
@@ -192,7 +194,7 @@ def _job(requests: Sequence[PruneRequest], options: PruneOptions) -> Job:
     )
     scored = None if text is None else _tokenized(text, base, how)
     job = Job(
-        made, nested, pruner, base, stored, calibration, scored, None, registry, how, reporter
+        submodels, nested, pruner, base, stored, calibration, scored, None, registry, how, reporter
     )
     return job if scored is None else replace(job, score=_score(job, scored))
 

@@ -74,24 +74,24 @@ class WorkBlock:
 
 
 @dataclass(frozen=True)
-class Work:
+class WorkDirectory:
     """A work directory that this process holds."""
 
     path: Path
 
-    def block(self, made: int, index: int) -> WorkBlock:
+    def block(self, submodel: int, index: int) -> WorkBlock:
         """Return where block ``index`` of one of the sub-models is."""
-        stem = self.path / f"{made:02}-{index:05}"
+        stem = self.path / f"{submodel:02}-{index:05}"
         return WorkBlock(
             stem.with_name(f"{stem.name}.safetensors"),
             stem.with_name(f"{stem.name}.masks.safetensors"),
             stem.with_name(f"{stem.name}.json"),
         )
 
-    def finished(self, made: int, blocks: int) -> int:
+    def finished(self, submodels: int, blocks: int) -> int:
         """Return how many blocks, from the first on, are finished in all sub-models."""
         for index in range(blocks):
-            if not all(self.block(each, index).is_whole() for each in range(made)):
+            if not all(self.block(each, index).is_whole() for each in range(submodels)):
                 return index
         return blocks
 
@@ -127,7 +127,9 @@ class Work:
 
 
 @contextmanager
-def take_work(workplace: Path, fingerprint: str, told: Callable[[str], None]) -> Iterator[Work]:
+def take_work(
+    workplace: Path, fingerprint: str, told: Callable[[str], None]
+) -> Iterator[WorkDirectory]:
     """Hold the work directory of a fingerprint; it is deleted at the end unless it holds a block.
 
     Args:
@@ -151,7 +153,7 @@ def take_work(workplace: Path, fingerprint: str, told: Callable[[str], None]) ->
             path.mkdir(exist_ok=True)
             for stray in path.glob(".*"):
                 stray.unlink()
-        yield Work(path)
+        yield WorkDirectory(path)
     finally:
         if not any(path.glob(_ROWS)):
             shutil.rmtree(path, ignore_errors=True)
