@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
 
 from prufed_cli.config.messages import Problem, near
 from prufed_cli.config.models import (
-    LAYER_PRUNERS,
     AggregatorConfig,
     MethodSection,
     PartitionConfig,
@@ -24,6 +23,7 @@ from prufed_cli.config.models import (
     none_by_name,
     pruner_for,
 )
+from prufed_cli.config.pruners import drops_layers, removes_entries
 from prufed_plugins.discover import catalog, check_settings
 from prufed_plugins.errors import MethodError
 
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from prufed_plugins.api import Kind
 
 AnySection = TypeVar("AnySection", bound=MethodSection)
-
-_ENTRY_PRUNERS: Final = frozenset({"magnitude", "wanda", "sparsegpt"})
 
 
 def method_problems(document: Mapping[str, Any]) -> Iterator[Problem]:
@@ -147,10 +145,10 @@ def _own(found: Iterator[Problem], shared: list[Problem]) -> Iterator[Problem]:
 
 def _unfit(pruner: str, client: Mapping[str, Any], path: KeyPath) -> Iterator[Problem]:
     """Yield where a client's target and its pruner do not fit."""
-    if client.get("keep_layers") is not None and pruner in _ENTRY_PRUNERS:
+    if client.get("keep_layers") is not None and removes_entries(pruner):
         message = f"the pruner {pruner} removes entries, not layers; use one such as `top`"
         yield Problem((*path, "keep_layers"), message, at_key=True)
-    if client.get("pattern") is not None and pruner in LAYER_PRUNERS:
+    if client.get("pattern") is not None and drops_layers(pruner):
         message = f"the pruner {pruner} drops layers; a pattern needs one such as `sparsegpt`"
         yield Problem((*path, "pattern"), message, at_key=True)
 

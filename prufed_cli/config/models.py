@@ -24,24 +24,8 @@ from pydantic import (
     model_validator,
 )
 
+from prufed_cli.config.pruners import drops_layers
 from prufed_registry.names import is_name
-
-LAYER_PRUNERS: Final = frozenset(
-    {
-        "top",
-        "bottom",
-        "odd-alternate",
-        "even-alternate",
-        "top-alternate",
-        "symmetric",
-        "explicit",
-        "parameter",
-        "magnitude-layers",
-        "contribution",
-        "angular",
-    }
-)
-"""The built-in pruners that drop whole decoder layers."""
 
 ROOT: Final = "root"
 """What the server's own adapter is called where it trains one; no client has this name then."""
@@ -420,7 +404,7 @@ def pruner_for(shared: PrunerConfig, own: PrunerOverride | None, *, layers: bool
     else ``top``.
     """
     own = own or PrunerOverride()
-    if layers and own.name is None and shared.name not in LAYER_PRUNERS:
+    if layers and own.name is None and not drops_layers(shared.name):
         own = own.model_copy(update={"name": "top"})
     return merged(shared, own)
 

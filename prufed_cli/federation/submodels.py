@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from prufed_cli.config.models import LAYER_PRUNERS
+from prufed_cli.config.pruners import drops_layers
 from prufed_cli.errors import USAGE, PrufedError
 from prufed_cli.pruning import PruneRequest
 
@@ -90,7 +90,7 @@ def plan_submodel(
     )
     sparsity, kept = _sparsity(client), layers
     density = None if sparsity is None else 1 - sparsity
-    if client.keep_layers is not None or pruner.name in LAYER_PRUNERS:
+    if client.keep_layers is not None or drops_layers(pruner.name):
         kept = _kept(client, layers)
         density = kept / layers if kept and layers else None
     return SubModel(_label(pruner.name, client), None, request, sparsity, kept, density)

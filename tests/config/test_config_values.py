@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,11 @@ from pydantic import ValidationError
 from prufed_cli.config import ConfigError, FederationConfig, load
 from prufed_cli.config.documents import validated
 from prufed_cli.config.loading import default_name
+from prufed_cli.config.pruners import drops_layers, removes_entries
+from prufed_plugins import discover
+from prufed_plugins.api import Method
+from prufed_plugins.discover import Catalog, Entry, catalog
+from prufed_plugins.params import LayerDropParams
 
 
 @pytest.fixture
@@ -180,6 +186,34 @@ def test_the_pruner_of_a_client_that_keeps_layers(
         f"clients: [{{name: a, keep_layers: 3{own}}}]\n",
     )
     assert loaded.pruner_of(loaded.clients[0]).name == expected
+
+
+class TheirParams(LayerDropParams):
+    """Of a layer pruner that a plugin brings."""
+
+
+def test_a_plugin_may_bring_a_pruner_that_drops_layers(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = Method("theirs", "nowhere:Nothing", TheirParams, "somebody's")
+    entry = Entry("pruner", "theirs", method, "somebody", "1.0")
+    extended = Catalog({**catalog().entries, ("pruner", "theirs"): entry})
+    monkeypatch.setattr(discover, "_installed", lambda disable: extended)
+    text = "data: {path: rows.jsonl}\npruner: theirs\nclients: [{name: a, %s}]\n"
+    loaded = config(directory, text % "keep_layers: 3")
+    assert loaded.pruner_of(loaded.clients[0]).name == "theirs"
+    with pytest.raises(ConfigError, match="the pruner theirs drops layers"):
+        config(directory, text % "pattern: 2:4")
+
+
+def test_the_parameters_of_the_built_in_pruners_tell_what_they_make() -> None:
+    for entry in filter(lambda entry: entry.builtin, catalog().methods("pruner")):
+        module, _, name = entry.method.target.partition(":")
+        result = getattr(import_module(module), name).result
+        assert drops_layers(entry.name) == (result == "sliced")
+        assert removes_entries(entry.name) == (result == "masked")
+    assert not drops_layers("nobody's")
+    assert not removes_entries("nobody's")
 
 
 def test_own_data_wins_and_the_others_share(directory: Path) -> None:
