@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 from prufed_cli.models.activations import Activations
@@ -90,8 +91,12 @@ class StreamedDecoder:
 
     def shapes(self, index: int) -> Mapping[str, tuple[int, int]]:
         """Return (outputs, inputs) of the matrices of block ``index``, without loading them."""
-        named = linears_of(self.blocks[index], f"{self.prefix}.{index}")
-        return {name: shape_of(module) for name, module in named.items()}
+        return self._shapes[index]
+
+    @cached_property  # a plan asks for them many times, and a mixture has thousands
+    def _shapes(self) -> list[Mapping[str, tuple[int, int]]]:
+        named = (linears_of(block, f"{self.prefix}.{i}") for i, block in enumerate(self.blocks))
+        return [{name: shape_of(module) for name, module in one.items()} for one in named]
 
     def linears(self, index: int) -> Mapping[str, nn.Module]:
         """Load block ``index`` and return its prunable matrices by their full module name."""
