@@ -3,7 +3,8 @@
 A block's forward pass is timed itself, on a batch. What pruning adds is counted in three units,
 each measured for some milliseconds: multiply-adds of a large product, passes over the entries of an
 array, and single small operations. The factors below say how far the parts of the work fall short
-of those rates; they were fitted to the times that the parts take on one thread.
+of those rates; they were fitted to the times that the parts take on one thread. A benchmark,
+``tests/benchmarks/test_plan_time.py``, prints what they foretell beside what prunes take.
 """
 
 from __future__ import annotations
