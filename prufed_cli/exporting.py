@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prufed_cli.errors import USAGE, PrufedError
-from prufed_cli.models.base import ADAPTER_KINDS, MASKS_FILE, base_of
+from prufed_cli.models.base import ADAPTER_KINDS, base_of
 from prufed_cli.progress import SILENT, Reporter
+from prufed_plugins.api import MASKS_FILE
 from prufed_registry.outside import new_directory
 
 if TYPE_CHECKING:

@@ -55,6 +55,9 @@ class MatrixEntry(BaseModel):
     partial_group: float | None = None
     excluded: float | None = None
     unrouted: float | None = None
+    uncovered: float | None = None
+    clients: float | None = None
+    unanimous: float | None = None
 
 
 class PerplexityEntry(BaseModel):
@@ -215,9 +218,13 @@ def matrix_rows(
 def _note(matrix: MatrixEntry) -> str:
     if matrix.unrouted:
         return f"{_LEFT}: no calibration token was routed to it"
+    if matrix.uncovered:
+        return f"{_LEFT}: no client pruned it"
     if matrix.excluded:
         return f"{_LEFT}: excluded"
     said = []
+    if matrix.clients is not None and matrix.unanimous is not None:
+        said.append(f"{matrix.clients:.0f} clients, unanimous on {matrix.unanimous:.0%}")
     if matrix.damping_retries:
         to = "" if matrix.damping is None else f" to {matrix.damping:g}"
         said.append(f"damping raised{to}")
@@ -379,7 +386,7 @@ def stored_shapes(artifact: Artifact) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of an artifact's weights, from the files' headers."""
     from safetensors import SafetensorError, safe_open
 
-    from prufed_cli.models.base import MASKS_FILE
+    from prufed_plugins.api import MASKS_FILE
 
     shapes: dict[str, tuple[int, ...]] = {}
     for path in sorted(artifact.path.glob("*.safetensors")):

@@ -27,6 +27,12 @@ API_VERSION: Final = (1, 0)
 GROUP: Final = "prufed"
 """The entry-point group in which plugins announce themselves."""
 
+MASKS_FILE: Final = "prufed-masks.safetensors"
+"""The masks of an element-wise pruned model, beside its weights."""
+
+SUB_MODELS: Final = "sub_models"
+"""Marks a parameter whose paths are sub-models of the base, see :class:`Method`."""
+
 hookspec = pluggy.HookspecMarker(GROUP)
 hookimpl = pluggy.HookimplMarker(GROUP)
 
@@ -62,7 +68,10 @@ class Method:
         target: ``package.module:Class``; the class is constructed with one ``params`` instance.
         params: a frozen pydantic model with ``extra="forbid"``, defined in a torch-free module. A
             parameter that names a file or a directory has the type :class:`pathlib.Path`: a recipe
-            then has the digest of what lies there.
+            then has the digest of what lies there. A pruner that merges sub-models has a tuple of
+            paths, whose field says ``json_schema_extra={SUB_MODELS: True}``: users give references,
+            which become the directories of artifacts that were pruned from the base, in an order
+            that does not hang on theirs.
         summary: one line for ``prufed plugins``.
         paper: citation and URL.
         requires: distributions that must be installed for the method to run.
@@ -247,7 +256,8 @@ class Pruner(Protocol):
         needs_calibration: whether ``calibration`` must be given.
 
     A pruner of layers that looks at no matrices may say ``needs_matrices = False``: it is then
-    given models whose blocks hold more than linear modules, such as state-space layers.
+    given models whose blocks hold more than linear modules, such as state-space layers. A masked
+    pruner that can do without a target says ``needs_target = False``.
     """
 
     result: Literal["masked", "sliced"]

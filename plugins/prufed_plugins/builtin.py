@@ -34,6 +34,13 @@ def prufed_pruners() -> Iterator[Method]:
         summary="remove what a second-order model says costs least, and adjust what stays",
         paper="Frantar and Alistarh 2023, https://arxiv.org/abs/2301.00774",
     )
+    yield Method(
+        name="fedspallm",
+        target="prufed_plugins.pruners.fedspallm:FedSpaLLM",
+        params=params.FedSpaLLMParams,
+        summary="merge sub-models that clients pruned on their own text, by mean and votes",
+        paper="Bai et al. 2025, https://arxiv.org/abs/2410.14852",
+    )
     yield from _layer_pruners()
 
 

@@ -126,12 +126,16 @@ class MaskFile(Mapping[str, Tensor]):
         """The shape of every mask."""
         return self._shapes
 
+    def stored_name(self, name: str) -> str:
+        """Return what the weights' file calls the parameter that has a mask."""
+        return self._stored.get(name, name)
+
     def as_stored(self) -> MaskFile:
         """Return the same masks under the names that the weights' file has for their tensors."""
         if not self._stored:
             return self
         renamed = copy.copy(self)
-        renamed._renamed = {self._stored.get(name, name): name for name in self._shapes}
+        renamed._renamed = {self.stored_name(name): name for name in self._shapes}
         renamed._shapes = {new: self._shapes[old] for new, old in renamed._renamed.items()}
         return renamed
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from prufed_plugins.api import SUB_MODELS
 from prufed_plugins.weighting import Weighting, by_samples
 
 
@@ -189,6 +190,25 @@ class SparseGPTParams(ElementParams):
         gt=0,
         le=1,
         description="share of the Hessian's mean diagonal added to it; raised tenfold on failure",
+    )
+
+
+def _separated(value: Any) -> Any:
+    """Return the parts of a text that commas separate."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+class FedSpaLLMParams(Params):
+    """Parameters of the pruner ``fedspallm``."""
+
+    clients: Annotated[tuple[Path, ...], BeforeValidator(_separated)] = Field(
+        min_length=1,
+        json_schema_extra={SUB_MODELS: True},
+        description="sub-models that clients pruned from the base: references, separated by commas",
+    )
+    values: Literal["mean", "base"] = Field(
+        default="mean",
+        description="what stays: the mean over clients that kept it, or the base's own (FedPrLLM)",
     )
 
 

@@ -191,6 +191,7 @@ _REMARKS: Final = (
     ("damping_retries", "damping raised in {}"),
     ("dead_channels", "silent inputs in {}"),
     ("unrouted", "no token routed to {}, which stay as they were"),
+    ("uncovered", "no client pruned {}, which stay as they were"),
 )
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from prufed_cli.errors import NOT_FOUND, USAGE, PrufedError
 from prufed_cli.progress import SILENT, Reporter
+from prufed_plugins.api import MASKS_FILE
 from prufed_registry import Registry
 from prufed_registry.errors import NotFound
 
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from prufed_registry import Artifact, Parent
-
-MASKS_FILE: Final = "prufed-masks.safetensors"
-"""The masks of an element-wise pruned base, beside its weights."""
 
 EMBEDDED_NAME: Final = "prufed-tiny"
 ADAPTER_KINDS: Final = frozenset({"client-adapter", "global-adapter"})

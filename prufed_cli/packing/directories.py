@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from prufed_cli.errors import INTEGRITY, USAGE, PrufedError
-from prufed_cli.models.base import MASKS_FILE
 from prufed_cli.progress import SILENT, Reporter
+from prufed_plugins.api import MASKS_FILE
 
 if TYPE_CHECKING:
     from torch import Tensor

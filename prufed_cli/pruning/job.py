@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from prufed_cli.models.calibration import Calibration
     from prufed_cli.progress import Reporter
     from prufed_plugins.api import Pruner, PruneTarget
-    from prufed_registry import Artifact, Registry
+    from prufed_registry import Artifact, Parent, Registry
 
 REPORT_FILE: Final = "prufed-report.json"
 """What was pruned, matrix by matrix, beside the weights."""
@@ -88,6 +88,7 @@ class Job:
         nested: whether the sub-models lie inside one another and share the pass.
         pruner: the method.
         base: what is pruned.
+        merged: sub-models of the base that the pruner merges; empty for most methods.
         dtype: what its weights are stored in.
         calibration: token ids to calibrate with, where the method needs any.
         text: what to score base and sub-models on, where that was asked for.
@@ -101,6 +102,7 @@ class Job:
     nested: bool
     pruner: Pruner
     base: Artifact
+    merged: tuple[Artifact, ...]
     dtype: torch.dtype
     calibration: Calibration | None
     text: ScoredText | None
@@ -113,6 +115,13 @@ class Job:
     def method(self) -> str:
         """The method's name."""
         return self.submodels[0].request.method
+
+    @property
+    def parents(self) -> list[Parent]:
+        """What the sub-models are made from, the base first."""
+        from prufed_registry import Parent
+
+        return [Parent(ref=one.ref, digest=one.digest) for one in (self.base, *self.merged)]
 
     @property
     def fingerprint(self) -> str:

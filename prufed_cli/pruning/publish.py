@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from prufed_cli.errors import USAGE, PrufedError
 from prufed_cli.model_card import licence, render_card
-from prufed_cli.models.base import MASKS_FILE, stated_dtype
+from prufed_cli.models.base import stated_dtype
 from prufed_cli.models.skeleton import Skeleton
 from prufed_cli.models.stored import (
     Spec,
@@ -25,6 +25,7 @@ from prufed_cli.models.stored import (
 )
 from prufed_cli.pruning.job import REPORT_FILE, Job, SubModelSpec
 from prufed_cli.pruning.request import PruneRequest, percent
+from prufed_plugins.api import MASKS_FILE
 from prufed_plugins.entries import count
 from prufed_plugins.mask_files import MaskFile, digest, mask_metadata
 
@@ -226,7 +227,6 @@ def publish(
         seconds: how long the pass took.
     """
     from prufed_cli.environment import versions
-    from prufed_registry import Parent
     from prufed_registry.durable import storage_errors
 
     metrics: dict[str, Any] = {"seconds": round(seconds, 3)}
@@ -242,7 +242,7 @@ def publish(
         return staging.publish(
             name=submodel.request.name or default_name(job.base, submodel.request),
             kind="pruned",
-            parents=[Parent(ref=job.base.ref, digest=job.base.digest)],
+            parents=job.parents,
             recipe=submodel.recipe,
             environment=versions(),
             metrics=metrics,
@@ -252,10 +252,9 @@ def publish(
 
 def made_before(job: Job, submodel: SubModelSpec) -> Artifact | None:
     """Return what the same recipe made before, under any name or the one asked for."""
-    from prufed_registry import Parent, fingerprint
+    from prufed_registry import fingerprint
 
-    parents = [Parent(ref=job.base.ref, digest=job.base.digest)]
-    recipe = fingerprint("pruned", parents, submodel.recipe)
+    recipe = fingerprint("pruned", job.parents, submodel.recipe)
     return job.registry.find(recipe, kind="pruned", name=submodel.request.name)
 
 

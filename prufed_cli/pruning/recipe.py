@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from prufed_cli.errors import NOT_FOUND, PrufedError
 from prufed_cli.progress import SILENT, Reporter
@@ -21,9 +21,18 @@ if TYPE_CHECKING:
     from prufed_cli.evaluation.perplexity import TextFile
     from prufed_cli.models.calibration import Calibration
 
+_NONE: Final[Mapping[Path, str]] = {}
 
-def method_recipe(request: PruneRequest, reporter: Reporter) -> dict[str, Any]:
+
+def method_recipe(
+    request: PruneRequest, reporter: Reporter, known: Mapping[Path, str]
+) -> dict[str, Any]:
     """Return the part of the recipe that the method decides; files that it names are read.
+
+    Args:
+        request: what was asked for.
+        reporter: told what is read.
+        known: digests of directories that need not be read.
 
     Raises:
         PrufedError: a file or directory that a parameter names does not exist.
@@ -35,12 +44,14 @@ def method_recipe(request: PruneRequest, reporter: Reporter) -> dict[str, Any]:
     return {
         "plugin": entry.method.name,
         "plugin_version": f"{entry.distribution} {entry.version}",
-        "params": recorded_params(params, reporter),
+        "params": recorded_params(params, reporter, known),
     }
 
 
-def recorded_params(params: BaseModel, reporter: Reporter = SILENT) -> dict[str, Any]:
-    """Return parameters as JSON, each path as the digest of what lies there.
+def recorded_params(
+    params: BaseModel, reporter: Reporter = SILENT, known: Mapping[Path, str] = _NONE
+) -> dict[str, Any]:
+    """Return parameters as JSON, each path as the digest of what lies there, if need be by reading.
 
     Raises:
         PrufedError: nothing lies there.
@@ -48,7 +59,10 @@ def recorded_params(params: BaseModel, reporter: Reporter = SILENT) -> dict[str,
     from pydantic_core import to_jsonable_python
 
     recorded: dict[str, Any] = to_jsonable_python(
-        {name: _by_content(name, value, reporter) for name, value in params.model_dump().items()}
+        {
+            name: _by_content(name, value, reporter, known)
+            for name, value in params.model_dump().items()
+        }
     )
     return recorded
 
@@ -95,15 +109,17 @@ def full_recipe(
     return recipe
 
 
-def _by_content(name: str, value: Any, reporter: Reporter) -> Any:
+def _by_content(name: str, value: Any, reporter: Reporter, known: Mapping[Path, str]) -> Any:
     """Return a parameter's value with every path in it replaced by a digest."""
     if isinstance(value, Path):
+        if value in known:
+            return known[value]
         with reporter.task(f"read {name} {value}"):
             return _content(name, value)
     if isinstance(value, Mapping):
-        return {key: _by_content(name, one, reporter) for key, one in value.items()}
+        return {key: _by_content(name, one, reporter, known) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_by_content(name, one, reporter) for one in value]
+        return [_by_content(name, one, reporter, known) for one in value]
     return value
 
 

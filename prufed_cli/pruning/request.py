@@ -164,7 +164,7 @@ def method_settings(request: PruneRequest) -> dict[str, Any]:
 def check_target(pruner: Pruner, target: PruneTarget, request: PruneRequest) -> None:
     """Refuse a target of the wrong kind before any work."""
     empty = target.sparsity is None and target.pattern is None and target.layers is None
-    if pruner.result == "masked" and empty:
+    if pruner.result == "masked" and empty and getattr(pruner, "needs_target", True):
         raise PrufedError(
             f"{request.method} needs to know how much to remove",
             "add --sparsity 0.5 or --pattern 2:4",

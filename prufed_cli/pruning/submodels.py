@@ -162,18 +162,24 @@ def _job(requests: Sequence[PruneRequest], options: PruneOptions) -> Job:
     from prufed_cli.evaluation.perplexity import read_text
     from prufed_cli.home import open_registry
     from prufed_cli.models.base import choose_device, choose_dtype, find_base, stored_dtype
+    from prufed_cli.pruning.merged import find_sub_models
+    from prufed_plugins.discover import build
 
     reporter = options.get("reporter", SILENT)
     nested = options.get("nested", False)
     requests, targets, pruner = _checked(requests, nested)
     first = requests[0]
-    method = method_recipe(first, reporter)
     device = choose_device(options.get("device", "auto"))
     chosen = choose_dtype(options.get("dtype", "auto"), device)
     text = None if first.perplexity is None else read_text(Path(first.perplexity))
     registry = options.get("registry") or open_registry()
     base = find_base(first.base, registry, reporter)
     reporter.note(f"base {base.ref}")
+    first, merged = find_sub_models(first, base, registry)
+    if merged:
+        pruner = build("pruner", first.method, method_settings(first))
+    known = {artifact.path: artifact.digest for artifact in merged}
+    method = method_recipe(first, reporter, known)
     stored = stored_dtype(base)
     compute = stored if isinstance(chosen, str) else chosen
     calibration = _calibration(first, pruner, base, options, reporter)
@@ -194,7 +200,18 @@ def _job(requests: Sequence[PruneRequest], options: PruneOptions) -> Job:
     )
     scored = None if text is None else _tokenized(text, base, how)
     job = Job(
-        submodels, nested, pruner, base, stored, calibration, scored, None, registry, how, reporter
+        submodels=submodels,
+        nested=nested,
+        pruner=pruner,
+        base=base,
+        merged=merged,
+        dtype=stored,
+        calibration=calibration,
+        text=scored,
+        score=None,
+        registry=registry,
+        options=how,
+        reporter=reporter,
     )
     return job if scored is None else replace(job, score=_score(job, scored))
 

@@ -14,7 +14,8 @@ from prufed_cli.config.documents import validated
 from prufed_cli.exporting import export_merged
 from prufed_cli.federation.artifacts import read_masks, read_tensors
 from prufed_cli.federation.federate import FederateResult, federate
-from prufed_cli.models.base import MASKS_FILE, base_masks
+from prufed_cli.models.base import base_masks
+from prufed_plugins.api import MASKS_FILE
 from prufed_registry import Registry
 
 

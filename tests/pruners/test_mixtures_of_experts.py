@@ -18,10 +18,9 @@ from prufed_cli.assets import embedded_model
 from prufed_cli.errors import PrufedError
 from prufed_cli.home import open_registry
 from prufed_cli.main import main
-from prufed_cli.models.base import MASKS_FILE
 from prufed_cli.models.decoder import check_matrices
 from prufed_cli.models.experts import SUPPORTED, Experts, router_names, unfuse_experts
-from prufed_plugins.api import PruneTarget
+from prufed_plugins.api import MASKS_FILE, PruneTarget
 from prufed_plugins.discover import build
 from prufed_plugins.mask_files import MaskFile
 from tests.pruners.whole_models import open_decoder, slice_layers

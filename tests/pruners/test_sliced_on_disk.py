@@ -32,11 +32,11 @@ from transformers import (
 from prufed_cli.errors import USAGE, PrufedError
 from prufed_cli.exporting import export_packed
 from prufed_cli.importing import import_directory
-from prufed_cli.models.base import MASKS_FILE
 from prufed_cli.packing.directories import PACKED
 from prufed_cli.packing.files import read_packed
 from prufed_cli.progress import Reporter
 from prufed_cli.pruning import PruneRequest, PruneResult, prune, prune_several
+from prufed_plugins.api import MASKS_FILE
 from prufed_plugins.mask_files import MaskFile, load_masks
 from tests.pruners.conftest import SHAPE, make_model
 

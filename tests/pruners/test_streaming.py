@@ -30,7 +30,6 @@ from prufed_cli.errors import INTEGRITY, NOT_FOUND, PrufedError
 from prufed_cli.evaluation.perplexity import measure_perplexity, read_text, tokenize
 from prufed_cli.models.activations import Activations
 from prufed_cli.models.base import (
-    MASKS_FILE,
     find_base,
     load_model,
     load_tokenizer,
@@ -52,7 +51,7 @@ from prufed_cli.pruning import (
 from prufed_cli.pruning.job import Options, ScoredText
 from prufed_cli.pruning.plan import layouts_of, look_at_layouts
 from prufed_cli.pruning.scores import streamed_perplexity
-from prufed_plugins.api import PruneTarget
+from prufed_plugins.api import MASKS_FILE, PruneTarget
 from prufed_plugins.discover import build
 from prufed_plugins.mask_files import load_masks, save_masks
 from prufed_registry import Artifact, Registry

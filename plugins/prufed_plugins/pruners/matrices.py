@@ -45,7 +45,7 @@ def as_matrix(module: nn.Module) -> Tensor:
 
     GPT-2's ``Conv1D`` keeps its weight as (inputs, outputs).
     """
-    return _oriented(module, module.get_parameter("weight").detach())
+    return oriented(module, module.get_parameter("weight").detach())
 
 
 def float_matrix(name: str, module: nn.Module) -> Tensor:
@@ -70,7 +70,7 @@ def absent(name: str, module: nn.Module, masks: Mapping[str, Tensor]) -> Tensor 
     mask = masks.get(f"{name}.weight")
     if mask is None:
         return None
-    return ~_oriented(module, mask.to(module.get_parameter("weight").device))
+    return ~oriented(module, mask.to(module.get_parameter("weight").device))
 
 
 @torch.no_grad()
@@ -98,7 +98,7 @@ def apply(
     """
     parameter = module.get_parameter("weight").detach()
     weight = parameter if in_place else parameter.clone()
-    matrix = _oriented(module, weight)
+    matrix = oriented(module, weight)
     kept = ~choice.pruned.contiguous()
     if choice.weight is not None:
         for start in range(0, matrix.shape[1], TILE):
@@ -113,7 +113,7 @@ def apply(
     return PrunedMatrix(
         name=f"{name}.weight",
         weight=weight,
-        mask=_oriented(module, kept).contiguous(),
+        mask=oriented(module, kept).contiguous(),
         report={"sparsity": (kept.numel() - count(kept)) / kept.numel(), **report},
     )
 
@@ -125,6 +125,6 @@ def keep(name: str, module: nn.Module, why: str) -> PrunedMatrix:
     return PrunedMatrix(f"{name}.weight", weight, mask, {"sparsity": 0.0, why: 1.0})
 
 
-def _oriented(module: nn.Module, tensor: Tensor) -> Tensor:
+def oriented(module: nn.Module, tensor: Tensor) -> Tensor:
     """Return a view of a tensor: the module's own layout as (outputs, inputs), or back."""
     return tensor if isinstance(module, nn.Linear) else tensor.t()

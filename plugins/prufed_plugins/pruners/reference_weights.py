@@ -31,7 +31,7 @@ class ReferenceWeights:
             MethodError: there is no such directory, or no whole safetensors in it.
         """
         self._directory = directory
-        self._files = {name: path for path in _shards(directory) for name in _names(path)}
+        self._files = {name: path for path in shards(directory) for name in _names(path)}
 
     def depth(self, prefix: str) -> int:
         """Return how many blocks the stack at a module path has."""
@@ -63,7 +63,12 @@ class ReferenceWeights:
             return tensor
 
 
-def _shards(directory: Path) -> Iterator[Path]:
+def shards(directory: Path) -> Iterator[Path]:
+    """Yield the weight files of a model directory.
+
+    Raises:
+        MethodError: there is no such directory, or its index is none.
+    """
     if not directory.is_dir():
         raise MethodError(f"the reference {directory} is no directory", HINT)
     index = directory / INDEX

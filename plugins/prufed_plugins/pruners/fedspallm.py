@@ -1,0 +1,276 @@
+"""FedSpaLLM: merge what clients pruned on text of their own (Bai et al., NAACL 2025).
+
+https://arxiv.org/abs/2410.14852
+
+Every client prunes the same base on text that it keeps, and sends its sub-model. With M_i the mask
+of client i, True where an entry exists, and W_i its weights, the merged matrix is the mean over
+those who kept an entry (equation 5):
+
+    W = Σ M_i·W_i / Σ M_i, and 0 where nobody kept it
+
+Clients agree in part, so few entries are gone from all of them. Expansion (equations 6 and 7)
+removes those that most clients removed until ⌈s·n⌉ of the matrix's n entries are gone. Who did not
+prune a matrix has no say in it: layers may be dealt out among clients.
+
+``values: base`` takes the base's own weights instead of the mean, so that masks are all that the
+clients decide: FedPrLLM's comparison within a matrix (2505.13547).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+
+import torch
+
+from prufed_plugins.entries import count, is_finite
+from prufed_plugins.errors import MethodError
+from prufed_plugins.pruners.matrices import Choice, apply, as_matrix, float_matrix, keep, oriented
+from prufed_plugins.pruners.selection import check_pattern, check_target, smallest
+from prufed_plugins.pruners.sub_models import SubModel
+from prufed_plugins.tensor_files import Entries
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from prufed_plugins.api import Decoder, Progress, PrunedMatrix, PruneTarget
+    from prufed_plugins.params import FedSpaLLMParams
+
+PIECE: Final = 2**18
+"""Entries of a matrix that are merged at once, so that the sums stay in the cache."""
+
+
+class FedSpaLLM:
+    """Merges the sub-models of clients, one matrix at a time.
+
+    Without a target nothing is expanded: what goes is what every client removed.
+
+    Attributes:
+        result: ``masked``.
+        needs_calibration: no; the clients calibrated.
+        needs_target: no.
+    """
+
+    result: Literal["masked"] = "masked"
+    needs_calibration = False
+    needs_target = False
+
+    def __init__(self, params: FedSpaLLMParams) -> None:
+        self._values = params.values
+        self._directories = params.clients
+
+    def check(self, decoder: Decoder, targets: Sequence[PruneTarget]) -> None:
+        """Refuse clients whose masks do not fit the model, and targets that cannot be met.
+
+        Raises:
+            MethodError: as said.
+        """
+        self._clients(decoder)
+        for target in targets:
+            _check_target(decoder, target)
+
+    def statistic_bytes(self, columns: int) -> int:
+        """Return 0: nothing is gathered of inputs."""
+        return 0
+
+    def prune(
+        self,
+        decoder: Decoder,
+        calibration: Sequence[Tensor] | None,
+        target: PruneTarget,
+        progress: Progress,
+    ) -> Iterator[PrunedMatrix]:
+        """Yield the merged matrices in block order; see :meth:`prufed_plugins.api.Pruner.prune`.
+
+        A matrix that no client pruned stays as it is, with ``uncovered`` in its report. Of the
+        others the report says how many ``clients`` pruned it, and the ``unanimous`` share of its
+        entries, on which all of them agree.
+
+        Raises:
+            MethodError: as :meth:`check`, or a client's weights are not what its mask says.
+        """
+        clients = self._clients(decoder)
+        _check_target(decoder, target)
+        total = len(decoder.blocks)
+        for index in range(decoder.start, total):
+            for name, module in decoder.linears(index).items():
+                yield self._merge(name, module, clients, decoder, target)
+            progress("block", index + 1, total)
+
+    def _clients(self, decoder: Decoder) -> list[SubModel]:
+        clients = [SubModel(directory) for directory in self._directories]
+        for client in clients:
+            client.check(decoder)
+        return clients
+
+    def _merge(
+        self,
+        name: str,
+        module: nn.Module,
+        clients: Sequence[SubModel],
+        decoder: Decoder,
+        target: PruneTarget,
+    ) -> PrunedMatrix:
+        started = time.perf_counter()
+        parameter = f"{name}.weight"
+        votes = _votes(parameter, clients, decoder)
+        if not votes:
+            return keep(name, module, "uncovered")
+        shape = module.get_parameter("weight").shape
+        mean, kept = mean_of_kept(parameter, votes)
+        values, kept = (oriented(module, each.reshape(shape)) for each in (mean, kept))
+        if self._values == "base":
+            values = float_matrix(name, module)
+        device = as_matrix(module).device
+        choice = Choice(
+            removed_by(kept, values.cpu(), target).to(device),
+            None if self._values == "base" else values.to(device),
+        )
+        unanimous = (kept.numel() - count((kept > 0) & (kept < len(votes)))) / kept.numel()
+        report = {
+            "clients": float(len(votes)),
+            "unanimous": unanimous,
+            "seconds": time.perf_counter() - started,
+        }
+        if target.pattern is not None and (rest := values.shape[1] % target.pattern[1]):
+            report["partial_group"] = float(rest)
+        return apply(name, module, choice, decoder.stored_dtype(parameter), report, in_place=True)
+
+
+class Vote(NamedTuple):
+    """One client's part in a matrix, to be read piece by piece.
+
+    Attributes:
+        client: whose it is, as errors call it.
+        mask: bool, True where an entry exists.
+        weight: floating-point, of the same shape.
+    """
+
+    client: str
+    mask: Entries
+    weight: Entries
+
+
+def _votes(parameter: str, clients: Sequence[SubModel], decoder: Decoder) -> list[Vote]:
+    """Return the votes of the clients that pruned a matrix.
+
+    Whoever has all entries that the base has did not prune it.
+    """
+    before = decoder.masks.get(parameter)
+    masks = ((client, client.mask(parameter)) for client in clients)
+    return [
+        Vote(str(client.directory), mask, client.weight(parameter))
+        for client, mask in masks
+        if mask is not None and _removes_any(mask, None if before is None else before.flatten())
+    ]
+
+
+def _removes_any(mask: Entries, before: Tensor | None) -> bool:
+    """Return whether a mask lacks entries that there were before, bool (n,); None for all."""
+    for part in _pieces(math.prod(mask.shape)):
+        flags = mask.read(part.start, part.stop, None)
+        if not bool(flags.all() if before is None else torch.equal(flags, before[part])):
+            return True
+    return False
+
+
+def mean_of_kept(parameter: str, votes: Sequence[Vote]) -> tuple[Tensor, Tensor]:
+    """Return the mean of each entry over the clients that kept it (equation 5), and their number.
+
+    Args:
+        parameter: the name of the matrix.
+        votes: of n entries each, at least one.
+
+    Returns:
+        float32 (n,), 0 where nobody kept the entry, and int32 (n,).
+
+    Raises:
+        MethodError: a weight is not finite, or not 0 outside its mask.
+    """
+    entries = math.prod(votes[0].mask.shape)
+    mean, kept = torch.empty(entries), torch.empty(entries, dtype=torch.int32)
+    for part in _pieces(entries):
+        total = torch.zeros(part.stop - part.start, dtype=torch.float64)
+        count_of = torch.zeros(part.stop - part.start, dtype=torch.int32)
+        for vote in votes:
+            flags = vote.mask.read(part.start, part.stop, None)
+            values = vote.weight.read(part.start, part.stop, None).double()
+            if not is_finite(values):
+                raise _wrong(vote, f"{parameter} holds NaN or infinity")
+            if bool(values.masked_fill(flags, 0.0).any()):
+                raise _wrong(vote, f"{parameter} is not 0 outside its mask")
+            total += values
+            count_of += flags
+        mean[part] = total / count_of.clamp(min=1)
+        kept[part] = count_of
+    return mean, kept
+
+
+def removed_by(kept: Tensor, values: Tensor, target: PruneTarget) -> Tensor:
+    """Return what goes: all that nobody kept, and then what most clients removed (equation 6, 7).
+
+    Among entries that as many clients removed, the smallest of ``values`` go first, then the
+    lowest index.
+
+    Args:
+        kept: int32 (rows, columns), how many clients kept each entry.
+        values: float32 (rows, columns), what an entry will be if it stays.
+        target: ⌈s·n⌉ of all entries go, or n of every m in a row, or, without either, nothing
+            besides what nobody kept. More go where more were kept by nobody.
+    """
+    gone = kept == 0
+    if target.pattern is not None:
+        return gone | _first_of_groups(kept, values, target.pattern)
+    if target.sparsity is None:
+        return gone
+    wanted = math.ceil(Fraction(repr(target.sparsity)) * kept.numel()) - count(gone)
+    if wanted <= 0:
+        return gone
+    # all entries that fewer clients kept than the last ones that go, and some of the latter
+    reached = torch.bincount(kept.flatten())[1:].cumsum(0)
+    last = int(torch.searchsorted(reached, wanted)) + 1
+    wanted -= int(reached[last - 2]) if last > 1 else 0
+    tied = kept == last
+    gone |= (kept > 0) & (kept < last)
+    gone[tied] = smallest(values[tied].abs()[None], wanted)[0]
+    return gone
+
+
+def _first_of_groups(kept: Tensor, values: Tensor, pattern: tuple[int, int]) -> Tensor:
+    """Return the n entries of every m in a row that the fewest clients kept."""
+    n, m = pattern
+    rows, columns = kept.shape
+    first = torch.zeros(rows, columns, dtype=torch.bool)
+    whole = columns - columns % m
+    for part, size in ((slice(0, whole), m), (slice(whole, columns), columns - whole)):
+        if part.start == part.stop:
+            continue
+        groups = (rows, -1, size)
+        by_value = values[:, part].abs().reshape(groups).argsort(dim=2, stable=True)
+        by_votes = kept[:, part].reshape(groups).gather(2, by_value).argsort(dim=2, stable=True)
+        order = by_value.gather(2, by_votes)[..., :n]
+        chosen = torch.zeros(rows, order.shape[1], size, dtype=torch.bool)
+        first[:, part] = chosen.scatter_(2, order, True).reshape(rows, -1)
+    return first
+
+
+def _check_target(decoder: Decoder, target: PruneTarget) -> None:
+    if target.sparsity is None and target.pattern is None and target.layers is None:
+        return
+    check_target(target)
+    if target.pattern is not None:
+        for index in range(len(decoder.blocks)):
+            for name, (_, columns) in decoder.shapes(index).items():
+                check_pattern(name, columns, target.pattern)
+
+
+def _pieces(entries: int) -> Iterator[slice]:
+    for start in range(0, entries, PIECE):
+        yield slice(start, min(start + PIECE, entries))
+
+
+def _wrong(vote: Vote, what: str) -> MethodError:
+    return MethodError(f"{vote.client}: {what}", "ask that client for its sub-model again")

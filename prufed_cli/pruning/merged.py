@@ -1,0 +1,83 @@
+"""The sub-models that a pruner merges: what users refer to, once it is known to fit the base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from prufed_cli.errors import USAGE, PrufedError
+from prufed_plugins.api import SUB_MODELS
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from prufed_cli.pruning.request import PruneRequest
+    from prufed_registry import Artifact, Registry
+
+
+def find_sub_models(
+    request: PruneRequest, base: Artifact, registry: Registry
+) -> tuple[PruneRequest, tuple[Artifact, ...]]:
+    """Return a request with directories in the place of references, and what lies there.
+
+    They are ordered by their digests: what is merged hangs on what they are, not on what they are
+    called or in which order they are given.
+
+    Raises:
+        NotFound: there is no such artifact.
+        PrufedError: one is no sub-model of the base with all its layers, or is given twice.
+    """
+    from prufed_cli.pruning.request import method_settings
+    from prufed_plugins.discover import catalog
+
+    params = catalog().get("pruner", request.method).method.params
+    keys = _marked(params)
+    if not keys:
+        return request, ()
+    given = params.model_validate(method_settings(request))
+    found: list[Artifact] = []
+    settings: dict[str, Any] = dict(request.settings or {})
+    for key in keys:
+        artifacts = [_sub_model(str(path), base, registry) for path in getattr(given, key)]
+        artifacts.sort(key=lambda artifact: artifact.digest)
+        settings[key] = [str(artifact.path) for artifact in artifacts]
+        found += artifacts
+    for one, other in pairwise(found):
+        if one.digest == other.digest:
+            raise PrufedError(
+                f"{one.ref} and {other.ref} are the same sub-model"
+                if one.ref != other.ref
+                else f"{one.ref} is given twice",
+                "give each client's once; other text gives another sub-model",
+                USAGE,
+            )
+    return replace(request, settings=settings), tuple(found)
+
+
+def _marked(params: type[BaseModel]) -> list[str]:
+    """Return the parameters whose paths are sub-models of the base."""
+    return [
+        name
+        for name, field in params.model_fields.items()
+        if isinstance(field.json_schema_extra, Mapping) and field.json_schema_extra.get(SUB_MODELS)
+    ]
+
+
+def _sub_model(reference: str, base: Artifact, registry: Registry) -> Artifact:
+    artifact = registry.resolve(reference)
+    details = artifact.manifest.details
+    if artifact.kind != "pruned" or details.get("result") != "masked":
+        raise PrufedError(
+            f"{artifact.ref} has no masks that could be merged",
+            "name a sub-model that an element-wise method made, such as sparsegpt",
+            USAGE,
+        )
+    if artifact.manifest.parents[0].digest != base.digest:
+        raise PrufedError(
+            f"{artifact.ref} was pruned from {artifact.manifest.parents[0].ref}, not {base.ref}",
+            f"only sub-models of one base can be merged: --base {artifact.manifest.parents[0].ref}",
+            USAGE,
+        )
+    return artifact
