@@ -131,6 +131,13 @@ Threshold = Literal["exact", "reference"]
 """How the entries to remove are counted."""
 
 
+def _separated(value: Any) -> Any:
+    """Return a list of the parts that commas separate in a text; a number is a list of its own."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",")]
+    return [value] if isinstance(value, int) else value
+
+
 class ElementParams(Params):
     """What can be set on every pruner that removes single entries."""
 
@@ -145,6 +152,10 @@ class ElementParams(Params):
     )
     exclude: str | None = Field(
         default=None, min_length=1, description="leave out matrices of such names: *.down_proj"
+    )
+    include_layers: Annotated[tuple[int, ...] | None, BeforeValidator(_separated)] = Field(
+        default=None,
+        description="prune only these decoder layers, counted from 0: 0,3,5",
     )
     layer_ratio: Literal["uniform", "owl"] = Field(
         default="uniform",
@@ -191,11 +202,6 @@ class SparseGPTParams(ElementParams):
         le=1,
         description="share of the Hessian's mean diagonal added to it; raised tenfold on failure",
     )
-
-
-def _separated(value: Any) -> Any:
-    """Return the parts of a text that commas separate."""
-    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
 class FedSpaLLMParams(Params):

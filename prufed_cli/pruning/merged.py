@@ -66,12 +66,24 @@ def _marked(params: type[BaseModel]) -> list[str]:
 
 
 def _sub_model(reference: str, base: Artifact, registry: Registry) -> Artifact:
+    if "/" in reference:
+        raise PrufedError(
+            f"{reference} is no artifact",
+            "`prufed import DIR` makes one of what a client sent, and checks it",
+            USAGE,
+        )
     artifact = registry.resolve(reference)
     details = artifact.manifest.details
     if artifact.kind != "pruned" or details.get("result") != "masked":
         raise PrufedError(
             f"{artifact.ref} has no masks that could be merged",
             "name a sub-model that an element-wise method made, such as sparsegpt",
+            USAGE,
+        )
+    if details.get("kept_layers") != base.manifest.details.get("kept_layers"):
+        raise PrufedError(
+            f"{artifact.ref} lacks layers of {base.ref}",
+            "merge sub-models that have all of the base's layers",
             USAGE,
         )
     if artifact.manifest.parents[0].digest != base.digest:

@@ -119,7 +119,8 @@ def test_every_method_keeps_its_contracts_or_says_why_not(
     ]
     assert (code, found["passed"], failed, found["left_out"]) == (0, True, [], [])
     assert [(one["kind"], one["name"]) for one in found["methods"]] == list(catalog().entries)
-    assert {one["name"] for one in found["methods"] if one["skipped"]} == set()
+    # which merges sub-models that the kit does not have
+    assert {one["name"] for one in found["methods"] if one["skipped"]} == {"fedspallm"}
     [explicit] = [one for one in found["methods"] if one["name"] == "explicit"]
     assert explicit["settings"] == {"layers": [0, 2]}
     page = (DOCS / "reference" / "contracts.md").read_text()

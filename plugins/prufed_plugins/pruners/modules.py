@@ -10,14 +10,19 @@ from typing import TYPE_CHECKING, Final
 from prufed_plugins.errors import MethodError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from prufed_plugins.api import Decoder
 
 SHOWN: Final = 8
 
 
-def selected(decoder: Decoder, include: str | None, exclude: str | None) -> frozenset[str]:
+def selected(
+    decoder: Decoder,
+    include: str | None,
+    exclude: str | None,
+    layers: Collection[int] | None = None,
+) -> frozenset[str]:
     """Return the full names of the matrices to prune.
 
     Args:
@@ -25,10 +30,16 @@ def selected(decoder: Decoder, include: str | None, exclude: str | None) -> froz
         include: shell patterns separated by commas, each matched against the name within the block
             (``mlp.down_proj``) and the full name; None means every matrix.
         exclude: the same; None means none.
+        layers: the decoder layers whose matrices are pruned; None means all.
 
     Raises:
-        MethodError: a pattern matches nothing, or nothing is left to prune.
+        MethodError: a pattern matches nothing, there is no such layer, or nothing is left to prune.
     """
+    total = len(decoder.blocks)
+    if absent := sorted(set(layers or ()) - set(range(total))):
+        raise MethodError(
+            f"there is no layer {absent[0]} to include", f"the model's layers are 0 to {total - 1}"
+        )
     local = {
         name: name.removeprefix(f"{decoder.prefix}.{index}.")
         for index in range(len(decoder.blocks))
@@ -37,6 +48,8 @@ def selected(decoder: Decoder, include: str | None, exclude: str | None) -> froz
     chosen = frozenset(local) if include is None else _matching(local, include, "include")
     if exclude is not None:
         chosen -= _matching(local, exclude, "exclude")
+    if layers is not None:
+        chosen &= {name for index in layers for name in decoder.shapes(index)}
     if not chosen:
         raise MethodError(
             "include and exclude leave no matrix to prune", "exclude less, or include more"

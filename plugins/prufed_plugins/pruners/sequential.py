@@ -251,7 +251,8 @@ class ElementPruner(Generic[S]):
 
     def _chosen(self, decoder: Decoder, targets: Sequence[PruneTarget]) -> frozenset[str]:
         """Return the names of the matrices to prune, once every target can be met on them."""
-        names = selected(decoder, self._params.include, self._params.exclude)
+        params = self._params
+        names = selected(decoder, params.include, params.exclude, params.include_layers)
         for target in targets:
             check_target(target)
             if target.pattern is None:
