@@ -21,7 +21,7 @@ from prufed_cli.pruning import PruneRequest, prune
 from prufed_plugins.api import MASKS_FILE, PruneTarget
 from prufed_plugins.discover import build
 from prufed_plugins.errors import MethodError
-from prufed_plugins.masks import load_masks, save_masks
+from prufed_plugins.mask_files import load_masks, save_masks
 from prufed_plugins.pruners.fedspallm import Vote, mean_of_kept, removed_by
 from prufed_plugins.tensor_files import entries_of
 from prufed_plugins.testing.tiny_decoder import PrunedBefore, TinyDecoder
