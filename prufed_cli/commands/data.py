@@ -20,9 +20,20 @@ SHOWN = 20
 """Lines of one kind that a person is shown; ``--json`` has them all."""
 
 
+def _file(path: Path) -> Path:
+    """Return a data file, that which comes with prufed by its name in clients.yaml."""
+    from prufed_cli.assets import embedded_data
+    from prufed_cli.config.files import EMBEDDED
+
+    return embedded_data() if str(path) == EMBEDDED else path
+
+
 @app.command("inspect")
 def inspect_command(
-    file: Annotated[Path, typer.Argument(help="JSONL, JSON, text or a datasets directory.")],
+    file: Annotated[
+        Path,
+        typer.Argument(help="JSONL, JSON, text or a datasets directory; `embedded` is prufed's."),
+    ],
     base: Annotated[
         str | None,
         typer.Option(
@@ -48,7 +59,7 @@ def inspect_command(
     from prufed_cli.models.prompts import Template
     from prufed_cli.output import emit_json, print_line
 
-    found = inspect(file, base=base, template=cast("Template | None", template), cutoff=cutoff)
+    found = inspect(_file(file), base=base, template=cast("Template | None", template), cutoff=cutoff)
     if as_json:
         emit_json({"file": str(file), **asdict(found)})
     else:
@@ -60,7 +71,7 @@ def inspect_command(
 
 @app.command("partition")
 def partition_command(
-    path: Annotated[Path, typer.Option(help="The data file.")],
+    path: Annotated[Path, typer.Option(help="The data file; `embedded` is prufed's own.")],
     out: Annotated[Path, typer.Option(help="A new directory for the clients' files.")],
     by: Annotated[
         str, typer.Option(help="A partitioner; `prufed plugins` lists them.")
@@ -102,7 +113,7 @@ def partition_command(
     shortcuts: dict[str, Any] = {"alpha": alpha, "key": key}
     given = {name: value for name, value in shortcuts.items() if value is not None}
     request = PartitionRequest(
-        path=path,
+        path=_file(path),
         by=by,
         clients=clients,
         out=out,
