@@ -209,6 +209,7 @@ class FedSpaLLMParams(Params):
 
     clients: Annotated[tuple[Path, ...], BeforeValidator(_separated)] = Field(
         min_length=1,
+        max_length=10_000,
         json_schema_extra={SUB_MODELS: True},
         description="sub-models that clients pruned from the base: references, separated by commas",
     )

@@ -59,7 +59,9 @@ def inspect_command(
     from prufed_cli.models.prompts import Template
     from prufed_cli.output import emit_json, print_line
 
-    found = inspect(_file(file), base=base, template=cast("Template | None", template), cutoff=cutoff)
+    found = inspect(
+        _file(file), base=base, template=cast("Template | None", template), cutoff=cutoff
+    )
     if as_json:
         emit_json({"file": str(file), **asdict(found)})
     else:

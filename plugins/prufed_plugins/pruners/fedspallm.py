@@ -32,6 +32,7 @@ from prufed_plugins.pruners.matrices import Choice, apply, as_matrix, float_matr
 from prufed_plugins.pruners.selection import check_pattern, check_target, smallest
 from prufed_plugins.pruners.sub_models import SubModel
 from prufed_plugins.tensor_files import Entries
+from prufed_plugins.threads import one_thread
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from prufed_plugins.api import Decoder, Progress, PrunedMatrix, PruneTarget
     from prufed_plugins.params import FedSpaLLMParams
 
-PIECE: Final = 2**18
+PIECE: Final = 2**16
 """Entries of a matrix that are merged at once, so that the sums stay in the cache."""
 
 
@@ -97,7 +98,9 @@ class FedSpaLLM:
         total = len(decoder.blocks)
         for index in range(decoder.start, total):
             for name, module in decoder.linears(index).items():
-                yield self._merge(name, module, clients, decoder, target)
+                with one_thread():
+                    result = self._merge(name, module, clients, decoder, target)
+                yield result
             progress("block", index + 1, total)
 
     def _clients(self, decoder: Decoder) -> list[SubModel]:
@@ -185,27 +188,25 @@ def mean_of_kept(parameter: str, votes: Sequence[Vote]) -> tuple[Tensor, Tensor]
         votes: of n entries each, at least one.
 
     Returns:
-        float32 (n,), 0 where nobody kept the entry, and int32 (n,).
+        float32 (n,), 0 where nobody kept the entry, and int16 (n,).
 
     Raises:
         MethodError: a weight is not finite, or not 0 outside its mask.
     """
     entries = math.prod(votes[0].mask.shape)
-    mean, kept = torch.empty(entries), torch.empty(entries, dtype=torch.int32)
+    mean, kept = torch.empty(entries), torch.zeros(entries, dtype=torch.int16)
     for part in _pieces(entries):
         total = torch.zeros(part.stop - part.start, dtype=torch.float64)
-        count_of = torch.zeros(part.stop - part.start, dtype=torch.int32)
         for vote in votes:
             flags = vote.mask.read(part.start, part.stop, None)
-            values = vote.weight.read(part.start, part.stop, None).double()
+            values = vote.weight.read(part.start, part.stop, None)
             if not is_finite(values):
                 raise _wrong(vote, f"{parameter} holds NaN or infinity")
-            if bool(values.masked_fill(flags, 0.0).any()):
+            if count(values.bool() > flags):
                 raise _wrong(vote, f"{parameter} is not 0 outside its mask")
             total += values
-            count_of += flags
-        mean[part] = total / count_of.clamp(min=1)
-        kept[part] = count_of
+            kept[part] += flags
+        mean[part] = total.div_(kept[part].clamp(min=1))
     return mean, kept
 
 
@@ -216,7 +217,7 @@ def removed_by(kept: Tensor, values: Tensor, target: PruneTarget) -> Tensor:
     lowest index.
 
     Args:
-        kept: int32 (rows, columns), how many clients kept each entry.
+        kept: int16 (rows, columns), how many clients kept each entry.
         values: float32 (rows, columns), what an entry will be if it stays.
         target: ⌈s·n⌉ of all entries go, or n of every m in a row, or, without either, nothing
             besides what nobody kept. More go where more were kept by nobody.
@@ -230,13 +231,22 @@ def removed_by(kept: Tensor, values: Tensor, target: PruneTarget) -> Tensor:
     if wanted <= 0:
         return gone
     # all entries that fewer clients kept than the last ones that go, and some of the latter
-    reached = torch.bincount(kept.flatten())[1:].cumsum(0)
+    reached = _histogram(kept)[1:].cumsum(0)
     last = int(torch.searchsorted(reached, wanted)) + 1
     wanted -= int(reached[last - 2]) if last > 1 else 0
-    tied = kept == last
-    gone |= (kept > 0) & (kept < last)
-    gone[tied] = smallest(values[tied].abs()[None], wanted)[0]
-    return gone
+    scores = values.abs()
+    torch.where(kept == last, scores, torch.tensor(torch.inf), out=scores)
+    gone = kept < last
+    return gone.logical_or_(smallest(scores.reshape(1, -1), wanted).reshape(gone.shape))
+
+
+def _histogram(kept: Tensor) -> Tensor:
+    """Return how many entries no client kept, one, two, and so on."""
+    entries, most = kept.flatten(), int(kept.max())
+    counts = torch.zeros(most + 1, dtype=torch.int64)
+    for part in _pieces(len(entries)):
+        counts += torch.bincount(entries[part], minlength=most + 1)
+    return counts
 
 
 def _first_of_groups(kept: Tensor, values: Tensor, pattern: tuple[int, int]) -> Tensor:

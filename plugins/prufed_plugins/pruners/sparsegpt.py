@@ -17,7 +17,6 @@ down to a few columns, each of which gathers the errors before it when its turn 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -35,6 +34,7 @@ from prufed_plugins.pruners.selection import (
     smallest_transposed,
 )
 from prufed_plugins.pruners.sequential import ElementPruner
+from prufed_plugins.threads import one_thread
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -197,24 +197,13 @@ def _sweep(values: Tensor, factor: Factor, rule: _Rule, width: int) -> tuple[Ten
                     part.stop - part.start, rows, rule.target.pattern, values.device
                 )
             torch.add(values[part], product(inverse.t(), pushed), out=block.current)
-            with _one_thread():
+            with one_thread():
                 _prune_block(block, inverse, rule.of(part), pruned[part])
             diagonal = inverse.diagonal()
             costs[part] = _squares(block.removed) / diagonal.square()
             torch.sub(values[part], block.current, out=change[part])
             values[part] = block.current
     return pruned, costs - factor.added * _squares(change)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Run what is many small steps on one thread: waking others costs more than they give."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class _Column(NamedTuple):
