@@ -118,7 +118,8 @@ class BlockStore:
             return
         index = self._open[0].index
         for block in self._open:
-            self._work.write(block.place.facts, block.commit())
+            facts = block.commit()
+            self._work.write(block.place.facts, {**facts, "checksums": block.place.checksums()})
         self._open = []
         self._next = index + 1
         if self._made == 1:
@@ -129,7 +130,7 @@ class BlockStore:
         for skipped in range(self._next, index):
             for made in range(self._made):
                 facts = self._work.block(made, skipped).facts
-                self._work.write(facts, {"rows": [], "shapes": {}, "kept": {}})
+                self._work.write(facts, {"rows": [], "shapes": {}, "kept": {}, "checksums": {}})
         self._next = max(self._next, index)
 
     def _replace(self, index: int) -> None:

@@ -88,8 +88,10 @@ def run_pass(job: Job, wanted: Sequence[int], further: int = 0) -> list[tuple[Ar
             work.begin_anew()
         elif all(found := [made_before(job, job.made[each]) for each in wanted]):
             return [(artifact, True) for artifact in found if artifact is not None]
-        _use_threads_of(work)
         with _can_be_resumed(job, work, len(decoder.blocks)), storage_errors("prune"):
+            if damage := work.forget_damaged(len(job.made), len(decoder.blocks)):
+                job.reporter.warn(damage)
+            _use_threads_of(work)
             plan = _told_plan(job, skeleton, decoder, work, len(wanted) + further)
             score = _scorer(job, work)
             outcomes = _prune(job, skeleton, decoder, work, plan)
@@ -119,7 +121,7 @@ def _left_off(job: Job, blocks: int) -> int:
     work = Work(job.workplace / job.fingerprint)
     if job.options.force and not work.begun_anew:
         return 0
-    return work.finished(len(job.made), blocks)
+    return work.sound(len(job.made), blocks)
 
 
 def _open(job: Job) -> tuple[Skeleton, StreamedDecoder]:
