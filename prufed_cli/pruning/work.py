@@ -38,6 +38,10 @@ _PIECE: Final = 2**18
 
 _ANEW: Final = "begun-anew.json"
 
+_FINGERPRINTS: Final = "[0-9a-f]" * 32
+"""What work directories are called: where a registry is not in prufed's home, what lies beside it
+may be anybody's."""
+
 _ROWS: Final = "[0-9][0-9]-[0-9]*.json"
 """The files that mark a block as finished."""
 
@@ -262,7 +266,7 @@ def sweep(workplace: Path, *, untouched: float = KEPT_SECONDS, dry_run: bool = F
 
     newest = time.time() - untouched
     try:
-        paths = sorted(workplace.glob("*/"))
+        paths = sorted(workplace.glob(f"{_FINGERPRINTS}/"))
     except FileNotFoundError:  # another process has removed it as empty
         return []
     swept = []

@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
+from prufed_cli.home import prunes_directory
+from prufed_cli.pruning import PruneRequest, prune
 from prufed_cli.pruning.work import KEPT_SECONDS
-from prufed_registry import Registry
+from prufed_registry import Registry, RegistryError
 
 Call = Callable[..., Any]
 Start = Callable[..., Any]
@@ -328,6 +330,25 @@ def test_gc_deletes_unfinished_work_where_it_is_asked_to(
     ]
     assert not (prufed_home / "prunes").exists()
     assert prufed("gc").err == ""
+
+
+def test_gc_looks_where_prune_leaves_work_of_a_registry_elsewhere(
+    prufed: Call, base_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Registry(tmp_path / "elsewhere" / "registry")
+    wanted = PruneRequest(base=str(base_directory), method="magnitude", sparsity=0.5)
+    registry.import_directory(base_directory)
+    with largest_file(100_000), pytest.raises(RegistryError):
+        prune(wanted, registry=registry)
+    (left,) = prunes_directory(registry).glob("*/")
+    theirs = left.with_name("theirs") / "thesis.tex"
+    theirs.parent.mkdir()
+    theirs.write_text("years of work")
+    monkeypatch.setenv("PRUFED_HOME", str(tmp_path / "elsewhere"))
+    told = json.loads(prufed("gc", "--unfinished", "--json").out)
+    assert [item["path"] for item in told["items"]] == [f"prunes/{left.name}"]
+    assert not left.exists()
+    assert theirs.exists()
 
 
 @pytest.mark.parametrize(("limit", "done"), [(20_000, 0), (100_000, 4)], ids=["block", "model"])
