@@ -32,7 +32,8 @@ class BlockStore:
 
     A block is finished when the decoder lets go of it, or at the end. Nothing of it is held but
     its packed masks. What the base's own masks leave out stays out, whatever the pruner says.
-    Nothing is published of a matrix that the model has not, or whose mask does not fit its weight.
+    Nothing is published of a matrix that the model has not, that came twice, or whose mask does not
+    fit its weight.
     """
 
     def __init__(
@@ -68,8 +69,8 @@ class BlockStore:
         """Write one matrix of every sub-model.
 
         Raises:
-            MethodError: the pruner made up a matrix, came back to a finished block, or returned
-                what is not as :class:`PrunedMatrix` says.
+            MethodError: the pruner made up a matrix, returned one twice, came back to a finished
+                block, or returned what is not as :class:`PrunedMatrix` says.
         """
         names = [result.name for result in results]
         if len(names) != self._made or len(set(names)) != 1:
@@ -90,6 +91,8 @@ class BlockStore:
             self._finish()
             self._skip_to(index)
             self._open = [self._begin(made, index) for made in range(self._made)]
+        if self._open[0].has(name):
+            raise MethodError(f"the pruner returned {name} twice", _HINT)
         before = self._decoder.masks.get(name)
         for block, result in zip(self._open, results, strict=True):
             block.put(result if before is None else _within(before, result))
@@ -197,6 +200,10 @@ class _OpenBlock:
         self._writer = TensorWriter(place.weights, specs).__enter__()
         self._masks: dict[str, Tensor] = {}
         self._facts: dict[str, Any] = {"rows": [], "shapes": {}, "kept": {}}
+
+    def has(self, name: str) -> bool:
+        """Return whether a matrix is written already."""
+        return name in self._masks
 
     def put(self, result: PrunedMatrix) -> None:
         """Write one matrix."""
