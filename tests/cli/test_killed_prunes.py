@@ -352,14 +352,14 @@ def test_gc_looks_where_prune_leaves_work_of_a_registry_elsewhere(
 
 
 @pytest.mark.parametrize(("limit", "done"), [(20_000, 0), (100_000, 4)], ids=["block", "model"])
-def test_a_full_disk_is_one_sentence_and_what_was_finished_stays(
+def test_a_file_that_may_not_grow_is_one_sentence_and_what_was_finished_stays(
     prufed: Call, registry: Registry, prufed_home: Path, limit: int, done: int
 ) -> None:
-    """A file size limit fails a write halfway, as a full disk does, and needs no privileges."""
+    """It fails halfway, as on a full disk."""
     wanted = ("prune", "--base", "tiny", "--method", "magnitude", "--sparsity", "0.5")
     with largest_file(limit):
         called = prufed(*wanted)
-    called.refused(1, "the disk is full")
+    called.refused(1, "a file would be larger than is allowed here", "ulimit -f")
     assert finished(prufed_home) == done
     assert [artifact.ref for artifact in registry.list()] == ["tiny@v1"]
     assert registry.gc(dry_run=True).items == ()
