@@ -106,8 +106,8 @@ class Plan:
             f"statistics {decimal(self.statistics)}, one batch {decimal(self.batch)}",
             f"peak memory about {decimal(self.peak)} of {decimal(self.limit)} "
             + ("free on the device" if self.separate else "allowed"),
-            f"disk about {decimal(self.kept + self.models)}, "
-            f"{decimal(self.kept)} of it until the end",
+            f"disk about {decimal(self.kept + self.models)}"
+            + (f", {decimal(self.kept)} of it until the end" if self.kept else ""),
             f"time about {_duration(self.seconds)}",
             *([resumed] if self.finished else []),
         ]

@@ -199,6 +199,7 @@ def test_the_plan_of_a_method_that_drops_layers_leaves_them_out(
     wanted = PruneRequest(base=str(saved(llama)), method=method, **how)
     plan = plan_prune([wanted])
     assert plan.kept == 0
+    assert "until the end" not in "".join(plan.lines())
     file = bytes_of(prune(wanted).artifact.path, "*.safetensors")
     assert plan.models < file < plan.models * (1 + HEADS)
 
