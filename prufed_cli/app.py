@@ -100,14 +100,11 @@ _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR,
 def _report_storage(error: Exception) -> int:
     from prufed_cli.home import home
     from prufed_cli.output import print_error
-    from prufed_registry.durable import is_full_disk
+    from prufed_registry.durable import full_disk_error, is_full_disk
 
     if is_full_disk(error):
-        filename = getattr(error, "filename", None) or home()
-        print_error(
-            f"cannot write: the disk of {filename} is full",
-            "free some space (`prufed gc` may help) and run the command again",
-        )
+        told = full_disk_error(f"write {getattr(error, 'filename', None) or home()}", error)
+        print_error(told.message, told.hint)
         return errors.FAILED
     if isinstance(error, OSError) and error.errno in _REFUSED:
         print_error(

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from prufed_cli.disk import free_at
 from prufed_cli.environment import versions
 from prufed_cli.home import home, open_registry, runs_directory
 
@@ -181,12 +182,9 @@ def _plugins() -> list[Finding]:
 
 
 def _disk() -> list[Finding]:
-    place = home()
-    while not place.exists():
-        place = place.parent
+    place, free = free_at(home())
     if not os.access(place, os.W_OK):
         return [Finding("disk", "error", f"{place} is not writable", "point PRUFED_HOME elsewhere")]
-    free = shutil.disk_usage(place).free
     found = f"{free / 1e9:.1f} GB free at {place}"
     if free < LOW_DISK:
         return [Finding("disk", "warning", found, "`prufed gc`, or point PRUFED_HOME elsewhere")]

@@ -28,6 +28,6 @@ def runs_directory() -> Path:
     return home() / "runs"
 
 
-def prunes_directory() -> Path:
-    """Return the directory that holds the unfinished work of prunes that were cut off."""
-    return home() / "prunes"
+def prunes_directory(registry: Registry) -> Path:
+    """Return the directory beside a registry that holds what prunes into it left unfinished."""
+    return registry.root.parent / "prunes"

@@ -19,16 +19,18 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Free the disk space nothing refers to: removed versions, and what crashes left behind."""
-    from prufed_cli.home import home, open_registry, prunes_directory
+    from prufed_cli.home import open_registry, prunes_directory
     from prufed_cli.output import emit_json, print_line, reporter
     from prufed_cli.pruning.work import sweep
 
-    garbage = open_registry().gc(dry_run=dry_run).items
+    registry = open_registry()
+    garbage = registry.gc(dry_run=dry_run).items
     items = [(item.reason, item.path, item.size) for item in garbage]
-    waiting = sweep(prunes_directory(), untouched=0, dry_run=dry_run or not unfinished)
+    workplace = prunes_directory(registry)
+    waiting = sweep(workplace, untouched=0, dry_run=dry_run or not unfinished)
     if unfinished:
         for work in waiting:
-            path = work.path.relative_to(home()).as_posix()
+            path = work.path.relative_to(workplace.parent).as_posix()
             items.append(("unfinished prune", path, work.size))
     total = sum(size for _, _, size in items)
     if as_json:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prufed_cli.data import Row, read_records, read_rows, rows_digest
-from prufed_cli.errors import FAILED, INTEGRITY, NOT_FOUND, USAGE, PrufedError
+from prufed_cli.disk import check_room
+from prufed_cli.errors import INTEGRITY, NOT_FOUND, USAGE, PrufedError
 from prufed_cli.federation.seeds import derive
 from prufed_cli.federation.submodels import SubModel, plan_submodel, whole
 from prufed_cli.partitioning import split_records
@@ -290,14 +290,4 @@ def _check_space(plan: Plan, registry: Registry) -> None:
         return
     size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     made = {client.submodel.label for client in plan.clients if client.submodel.request}
-    needed = size * len(made)
-    place = registry.root
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise PrufedError(
-            f"the sub-models need {needed / 1e9:.1f} GB, but {place} has {free / 1e9:.1f} GB free",
-            "free some space (`prufed gc`), or point PRUFED_HOME at a larger disk",
-            FAILED,
-        )
+    check_room("the sub-models need", {registry.root: size * len(made)})

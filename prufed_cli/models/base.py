@@ -307,9 +307,17 @@ def load_model(
 
 def cannot_open(ref: str, error: Exception) -> PrufedError:
     """Return the error for a directory that is no causal language model to transformers."""
-    return PrufedError(
-        f"{ref} cannot be opened as a causal language model: {first_line(error)}",
+    hints = {
+        "Unrecognized configuration class": "use a decoder such as Llama, Qwen2, Gemma or GPT-2",
+        "does not recognize this architecture": "`pip install --upgrade transformers` may help",
+        "trust_remote_code": "--trust-remote-code runs the code that comes with it",
+    }
+    hint = next(
+        (hint for words, hint in hints.items() if words in str(error)),
         f"`prufed verify {ref}` checks its files",
+    )
+    return PrufedError(
+        f"{ref} cannot be opened as a causal language model: {first_line(error)}", hint
     )
 
 

@@ -42,7 +42,7 @@ _ROWS: Final = frozenset({".jsonl", ".ndjson", ".json"})
 _SEPARATORS: Final = {".csv": ",", ".tsv": "\t"}
 _OVERLAP: Final = len(END_OF_DOCUMENT) - 1
 _PIECE: Final = 1 << 20
-_HUB_ID: Final = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+_HUB_ID: Final = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -327,8 +327,9 @@ def _hub(source: str) -> Iterator[str]:
         ) from error
     except _unreadable_data() as error:
         raise PrufedError(
-            f"cannot read data set {source}: {_first_line(error)}",
-            "check the network (prufed doctor), or pass a local file",
+            f"calibration text {source} is no file here, and it cannot be read as a data set on "
+            f"the Hub: {_first_line(error)}",
+            "check the path, or the network (prufed doctor)",
             FAILED,
         ) from error
 

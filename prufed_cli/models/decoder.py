@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from prufed_cli.errors import USAGE, PrufedError
 from prufed_cli.models.base import first_line
@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 
 ARGUMENTS = "blocks"
 """Key, in the arguments that a decoder's ``embed`` returns, of one call per block."""
+
+
+_DECODERS: Final = (
+    "use a decoder such as Llama, Mistral, Mixtral, Qwen2, Qwen3, Gemma, OPT or GPT-2"
+)
+_LAYERS_GO: Final = "drop whole layers (--method top --layers 2), or "
 
 
 @dataclass(frozen=True)
@@ -51,19 +57,71 @@ def find_stack(model: PreTrainedModel) -> str:
         raise _unsupported(name, f"it is stored as a {config.architectures[0]}, an encoder")
     decoder = model.get_decoder()
     inside = next((path for path, module in model.named_modules() if module is decoder), "")
+    mixed: set[str] = set()
     path: str
     for path, module in (*decoder.named_modules(prefix=inside), *model.named_modules()):
         if not isinstance(module, nn.ModuleList) or len(module) != config.num_hidden_layers:
             continue
-        if len({type(block) for block in module}) == 1 and linears_of(module[0], ""):
+        kinds = {type(block).__name__ for block in module}
+        if len(kinds) == 1 and linears_of(module[0], ""):
+            _check_whole(model, path)
             return path
+        mixed = mixed or kinds
+    if len(mixed) > 1:
+        raise _unsupported(name, f"its blocks are of several kinds: {', '.join(sorted(mixed))}")
     raise _unsupported(name, f"no list of {config.num_hidden_layers} equal decoder blocks is in it")
+
+
+def _check_whole(model: PreTrainedModel, path: str) -> None:
+    """Refuse a stack whose blocks are only a part of the layers, as the attentions of XLM are.
+
+    Raises:
+        PrufedError: as said.
+    """
+    from torch import nn
+
+    stack, owner = stack_of(model, path), path.rpartition(".")[0]
+    for name, beside in model.get_submodule(owner).named_children():
+        if beside is stack or not isinstance(beside, nn.ModuleList) or len(beside) != len(stack):
+            continue
+        if linears_of(beside, ""):
+            raise _unsupported(
+                type(model).__name__, f"one part of its layers is in {path}, another in {name}"
+            )
+
+
+def refuse_converted(model: PreTrainedModel, missing: Sequence[str]) -> None:
+    """Refuse parameters that transformers puts together from several stored ones.
+
+    Experts that cannot be unfused are such, whatever is done to them.
+
+    Args:
+        model: the model.
+        missing: names of parameters that are not stored as they are.
+
+    Raises:
+        PrufedError: as said, with the first such parameter.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    made = [
+        part
+        for rule in get_model_conversion_mapping(model)
+        if isinstance(rule, WeightConverter)
+        for part in rule.target_patterns
+    ]
+    for name in missing:
+        if any(part in name for part in made):
+            raise _unsupported(
+                type(model).__name__, f"{name} is stored in another form, which is not read here"
+            )
 
 
 def check_matrices(model: PreTrainedModel, prefix: str) -> None:
     """Refuse blocks whose matrices are not all linear modules.
 
-    Experts that cannot be unfused, state-space layers and quantized weights are none.
+    Experts that cannot be unfused, convolutions, state-space layers and quantized weights are none.
 
     Raises:
         PrufedError: as said, with the first such parameter.
@@ -75,19 +133,28 @@ def check_matrices(model: PreTrainedModel, prefix: str) -> None:
 def _check_matrices(architecture: str, path: str, block: nn.Module) -> None:
     known = {id(linear.get_parameter("weight")) for linear in linears_of(block, "").values()}
     routers = router_names(block)
-    for name, parameter in block.named_parameters():
+    # experts before what routes to them, which is never pruned
+    for name, parameter in sorted(block.named_parameters(), key=lambda one: -one[1].dim()):
         if parameter.dim() >= 2 and id(parameter) not in known and not _below(name, routers):
-            raise _unsupported(architecture, f"{path}.{name} is not a linear module's weight")
+            raise _unsupported(architecture, f"{path}.{name} {_other(block, name)}", _LAYERS_GO)
         if not parameter.is_floating_point():
             raise _unsupported(architecture, f"{path}.{name} is stored as {parameter.dtype}")
 
 
-def _unsupported(architecture: str, reason: str) -> PrufedError:
-    return PrufedError(
-        f"cannot prune a {architecture}: {reason}",
-        "use a decoder such as Llama, Mistral, Mixtral, Qwen2, Qwen3, Gemma, OPT or GPT-2",
-        USAGE,
-    )
+def _other(block: nn.Module, name: str) -> str:
+    """Return what a parameter of a block is that is no linear module's weight."""
+    from torch import nn
+
+    owner = block.get_submodule(name.rpartition(".")[0])
+    if isinstance(owner, nn.modules.conv._ConvNd):
+        return "belongs to a convolution"
+    if "experts" in name:
+        return "holds the matrices of all experts in one"
+    return "is not a linear module's weight"
+
+
+def _unsupported(architecture: str, reason: str, instead: str = "") -> PrufedError:
+    return PrufedError(f"cannot prune a {architecture}: {reason}", f"{instead}{_DECODERS}", USAGE)
 
 
 def linears_of(block: nn.Module, prefix: str) -> dict[str, nn.Module]:

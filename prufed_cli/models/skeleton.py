@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from prufed_cli.models.base import cannot_open, check_complete, opening_errors, quiet_transformers
 from prufed_cli.models.checkpoint import find_tensors, refuse_packed_matrices
-from prufed_cli.models.decoder import check_matrices, find_stack
+from prufed_cli.models.decoder import find_stack, refuse_converted
 from prufed_cli.models.experts import unfuse_experts
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def open_skeleton(
     ]
     missing = [name for name in expected if name not in stored and name not in tied]
     if missing := _needed(model, missing):
-        check_matrices(model, prefix)  # what cannot be told apart on disk is not missing there
+        refuse_converted(model, missing)  # what cannot be told apart on disk is not missing there
     check_complete(ref, wrong, missing)
     model.eval().requires_grad_(False)
     return Skeleton(model, prefix, stored, tied)

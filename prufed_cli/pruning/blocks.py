@@ -32,7 +32,8 @@ class BlockStore:
 
     A block is finished when the decoder lets go of it, or at the end. Nothing of it is held but
     its packed masks. What the base's own masks leave out stays out, whatever the pruner says.
-    Nothing is published of a matrix that the model has not, or whose mask does not fit its weight.
+    Nothing is published of a matrix that the model has not, that came twice, or whose mask does not
+    fit its weight.
     """
 
     def __init__(
@@ -68,8 +69,8 @@ class BlockStore:
         """Write one matrix of every sub-model.
 
         Raises:
-            MethodError: the pruner made up a matrix, came back to a finished block, or returned
-                what is not as :class:`PrunedMatrix` says.
+            MethodError: the pruner made up a matrix, returned one twice, came back to a finished
+                block, or returned what is not as :class:`PrunedMatrix` says.
         """
         names = [result.name for result in results]
         if len(names) != self._submodels or len(set(names)) != 1:
@@ -90,6 +91,8 @@ class BlockStore:
             self._finish()
             self._skip_to(index)
             self._open = [self._begin(each, index) for each in range(self._submodels)]
+        if self._open[0].has(name):
+            raise MethodError(f"the pruner returned {name} twice", _HINT)
         before = self._decoder.masks.get(name)
         for block, result in zip(self._open, results, strict=True):
             block.put(result if before is None else _within(before, result))
@@ -118,7 +121,8 @@ class BlockStore:
             return
         index = self._open[0].index
         for block in self._open:
-            self._work.write(block.place.facts, block.commit())
+            facts = block.commit()
+            self._work.write(block.place.facts, {**facts, "checksums": block.place.checksums()})
         self._open = []
         self._next = index + 1
         if self._submodels == 1:
@@ -129,7 +133,7 @@ class BlockStore:
         for skipped in range(self._next, index):
             for each in range(self._submodels):
                 facts = self._work.block(each, skipped).facts
-                self._work.write(facts, {"rows": [], "shapes": {}, "kept": {}})
+                self._work.write(facts, {"rows": [], "shapes": {}, "kept": {}, "checksums": {}})
         self._next = max(self._next, index)
 
     def _replace(self, index: int) -> None:
@@ -196,6 +200,10 @@ class _OpenBlock:
         self._writer = TensorWriter(place.weights, specs).__enter__()
         self._masks: dict[str, Tensor] = {}
         self._facts: dict[str, Any] = {"rows": [], "shapes": {}, "kept": {}}
+
+    def has(self, name: str) -> bool:
+        """Return whether a matrix is written already."""
+        return name in self._masks
 
     def put(self, result: PrunedMatrix) -> None:
         """Write one matrix."""

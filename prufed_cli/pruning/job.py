@@ -148,4 +148,6 @@ class Job:
     @property
     def workplace(self) -> Path:
         """The directory in which unfinished work is kept, one directory per fingerprint."""
-        return self.registry.root.parent / "prunes"
+        from prufed_cli.home import prunes_directory
+
+        return prunes_directory(self.registry)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -21,7 +21,13 @@ from prufed_cli.models.skeleton import Skeleton, open_skeleton
 from prufed_cli.models.streaming import StreamedDecoder
 from prufed_cli.pruning.blocks import BlockStore
 from prufed_cli.pruning.job import Job
-from prufed_cli.pruning.plan import Plan, in_batches, make_plan, warn_of_few_tokens
+from prufed_cli.pruning.plan import (
+    Plan,
+    check_disks,
+    in_batches,
+    make_plan,
+    warn_of_few_tokens,
+)
 from prufed_cli.pruning.publish import (
     SubModelParts,
     made_before,
@@ -56,16 +62,21 @@ glibc's heap small tensors would hold the place of matrices that are gone."""
 
 @threads_restored()
 @mapped_above(_MAPPED)  # the plan too, which measures how fast memory comes
-def run_pass(job: Job, wanted: Sequence[int]) -> list[tuple[Artifact, bool]]:
+def run_pass(job: Job, wanted: Sequence[int], further: int = 0) -> list[tuple[Artifact, bool]]:
     """Prune, and publish those sub-models of the pass that are wanted.
 
     Another process at the same work is waited for.
+
+    Args:
+        job: the pass.
+        wanted: indices of its sub-models.
+        further: how many sub-models of later passes the disk needs room for.
 
     Returns:
         The sub-models, each with whether that other process made it.
 
     Raises:
-        PrufedError: the base cannot be pruned, or memory does not suffice.
+        PrufedError: the base cannot be pruned, or memory or disk space does not suffice.
         MethodError: the method cannot meet the target on this model.
         Interrupted: Ctrl-C after at least one block; says how it goes on.
     """
@@ -77,9 +88,11 @@ def run_pass(job: Job, wanted: Sequence[int]) -> list[tuple[Artifact, bool]]:
             work.begin_anew()
         elif all(found := [made_before(job, job.submodels[each]) for each in wanted]):
             return [(artifact, True) for artifact in found if artifact is not None]
-        _use_threads_of(work)
         with _can_be_resumed(job, work, len(decoder.blocks)), storage_errors("prune"):
-            plan = _told_plan(job, skeleton, decoder, work)
+            if damage := work.forget_damaged(len(job.submodels), len(decoder.blocks)):
+                job.reporter.warn(damage)
+            _use_threads_of(work)
+            plan = _told_plan(job, skeleton, decoder, work, len(wanted) + further)
             score = _scorer(job, work)
             parts = _prune(job, skeleton, decoder, work, plan)
             artifacts = [
@@ -108,7 +121,7 @@ def _left_off(job: Job, blocks: int) -> int:
     work = WorkDirectory(job.workplace / job.fingerprint)
     if job.options.force and not work.begun_anew:
         return 0
-    return work.finished(len(job.submodels), blocks)
+    return work.sound(len(job.submodels), blocks)
 
 
 def _open(job: Job) -> tuple[Skeleton, StreamedDecoder]:
@@ -161,12 +174,16 @@ def _use_threads_of(work: WorkDirectory) -> None:
     torch.set_num_threads(begun["threads"])
 
 
-def _told_plan(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, work: WorkDirectory) -> Plan:
+def _told_plan(
+    job: Job, skeleton: Skeleton, decoder: StreamedDecoder, work: WorkDirectory, published: int
+) -> Plan:
     """Return the plan of what is left to do, and tell it before any of it is done."""
     plan = make_plan(job, skeleton, decoder, work.finished(len(job.submodels), len(decoder.blocks)))
+    plan = replace(plan, published=published)
     decoder.release()
     for line in plan.lines():
         job.reporter.note(line)
+    check_disks(job, plan)
     warn_of_few_tokens(job, decoder)
     return plan
 

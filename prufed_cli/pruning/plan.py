@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.filesize import decimal
 
+from prufed_cli.disk import check_room
 from prufed_cli.errors import FAILED, PrufedError
 from prufed_cli.evaluation.perplexity import model_window, windows
 from prufed_cli.models.skeleton import Skeleton
@@ -23,6 +24,7 @@ from prufed_cli.pruning.estimate import (
 )
 from prufed_cli.pruning.job import Job
 from prufed_cli.pruning.memory import available_memory
+from prufed_plugins.pruners.layers import LayerPruner
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +58,11 @@ class Plan:
         separate: whether blocks compute on a device of their own, and activations wait on the host.
         limit: what may be held, on that device where there is one.
         seconds: how long it will take, estimated.
+        finished: how many blocks are finished already.
+        kept: what the other blocks take on disk until the sub-models are published.
+        model: what one finished sub-model takes there; of layers that are dropped the largest are
+            left out.
+        published: how many sub-models there will be.
     """
 
     parameters: int
@@ -69,6 +76,9 @@ class Plan:
     limit: int
     seconds: float
     finished: int
+    kept: int
+    model: int
+    published: int
 
     @property
     def least(self) -> int:
@@ -79,6 +89,11 @@ class Plan:
     def peak(self) -> int:
         """The memory that will be held, on the device where blocks have one of their own."""
         return self.least + (0 if self.in_file or self.separate else self.activations)
+
+    @property
+    def models(self) -> int:
+        """What all finished sub-models take on disk."""
+        return self.published * self.model
 
     def lines(self) -> list[str]:
         """Return the plan for a person."""
@@ -91,6 +106,8 @@ class Plan:
             f"statistics {decimal(self.statistics)}, one batch {decimal(self.batch)}",
             f"peak memory about {decimal(self.peak)} of {decimal(self.limit)} "
             + ("free on the device" if self.separate else "allowed"),
+            f"disk about {decimal(self.kept + self.models)}"
+            + (f", {decimal(self.kept)} of it until the end" if self.kept else ""),
             f"time about {_duration(self.seconds)}",
             *([resumed] if self.finished else []),
         ]
@@ -107,6 +124,8 @@ class Plan:
             "activations_in_file": self.in_file,
             "peak_bytes": self.peak,
             "limit_bytes": self.limit,
+            "kept_bytes": self.kept,
+            "artifact_bytes": self.models,
             "seconds": self.seconds,
             "finished_blocks": self.finished,
         }
@@ -180,6 +199,7 @@ def make_plan(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, begin: int
             f"{_more_room(separate, least)}, or use a shorter --length",
             FAILED,
         )
+    kept, model = _written(job, skeleton, decoder, begin)
     return Plan(
         parameters=sum(math.prod(one.shape) for one in skeleton.stored.values()),
         blocks=len(decoder.blocks),
@@ -192,7 +212,39 @@ def make_plan(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, begin: int
         limit=limit,
         seconds=_seconds(job, skeleton, layouts, begin),
         finished=begin,
+        kept=kept,
+        model=model,
+        published=len(job.submodels),
     )
+
+
+def check_disks(job: Job, plan: Plan) -> None:
+    """Refuse a pass whose files do not fit on the disks of its work and of the registry.
+
+    Raises:
+        PrufedError: as said, with the size.
+    """
+    held = plan.activations if plan.in_file else 0
+    check_room("the finished blocks and activations need", {job.workplace: plan.kept + held})
+    check_room("the prune needs", {job.workplace: plan.kept, job.registry.root: plan.models})
+
+
+def _written(job: Job, skeleton: Skeleton, decoder: StreamedDecoder, begin: int) -> tuple[int, int]:
+    """Return the bytes of the blocks from ``begin`` on, with masks, and of one sub-model."""
+    stored = skeleton.stored
+    whole = sum({skeleton.saved_name(name): one.size for name, one in stored.items()}.values())
+    indices = range(len(decoder.blocks))
+    blocks = [sum(stored[name].size for name in decoder.parameters(index)) for index in indices]
+    if job.pruner.result == "sliced":
+        dropped = 0  # where the method cannot say, as a plug-in's
+        if isinstance(job.pruner, LayerPruner):
+            dropped = job.pruner.count(len(blocks), job.submodels[0].target)
+        return 0, whole - sum(sorted(blocks)[len(blocks) - dropped :])
+    masks = [
+        sum(math.ceil(math.prod(shape) / 8) for shape in decoder.shapes(index).values())
+        for index in indices
+    ]
+    return len(job.submodels) * (sum(blocks[begin:]) + sum(masks[begin:])), whole + sum(masks)
 
 
 def _reads_blocks(job: Job) -> bool:

@@ -115,8 +115,9 @@ def prune_several(
     if whole.nested and wanted:
         results |= _run(whole, wanted, wanted)
     elif not whole.nested:
-        for index in wanted:
-            results |= _run(replace(whole, submodels=(whole.submodels[index],)), [0], [index])
+        for done, index in enumerate(wanted, start=1):
+            one = replace(whole, submodels=(whole.submodels[index],))
+            results |= _run(one, [0], [index], len(wanted) - done)
     sweep(whole.workplace)
     return [results[index] for index in range(len(whole.submodels))]
 
@@ -130,24 +131,34 @@ def plan_prune(requests: Sequence[PruneRequest], **options: Unpack[PruneOptions]
         PrufedError: as :func:`prune_several`.
     """
     from prufed_cli.pruning.passes import plan_pass
+    from prufed_cli.pruning.plan import check_disks
     from prufed_cli.pruning.publish import made_before
 
     whole = _job(requests, options)
+    wanted = len(whole.submodels)
     if not whole.options.force:
         for known in filter(None, (made_before(whole, each) for each in whole.submodels)):
             whole.reporter.note(_already_made(known))
+            wanted -= 1
+    count = wanted or len(whole.submodels)
     if whole.nested:
-        return plan_pass(whole)
-    plan = plan_pass(replace(whole, submodels=whole.submodels[:1]))
-    return replace(plan, seconds=plan.seconds * len(whole.submodels))
+        plan = replace(plan_pass(whole), published=count)
+    else:
+        plan = plan_pass(replace(whole, submodels=whole.submodels[:1]))
+        plan = replace(plan, seconds=plan.seconds * count, published=count)
+    if wanted:
+        check_disks(whole, plan)
+    return plan
 
 
-def _run(job: Job, wanted: Sequence[int], indices: Sequence[int]) -> dict[int, PruneResult]:
+def _run(
+    job: Job, wanted: Sequence[int], indices: Sequence[int], further: int = 0
+) -> dict[int, PruneResult]:
     """Run one pass and return what came of it, under the requests' indices."""
     from prufed_cli.pruning.passes import run_pass
     from prufed_cli.pruning.publish import read_report
 
-    came = run_pass(job, wanted)
+    came = run_pass(job, wanted, further)
     results = (
         _reused(job, artifact)
         if reused

@@ -2,9 +2,10 @@
 
 ``<home>/prunes/<fingerprint>/`` belongs to one set of arguments on one base. Of every finished
 block it holds, per sub-model, the weights, the packed masks and the report's rows. The rows are
-written last: a block without them is not finished. A lock beside the directory keeps a second
-process out; what nobody has touched for two weeks is deleted once another prune is done, the
-rest by ``prufed gc --unfinished``.
+written last, with checksums of the other two: a block without them is not finished, and one that
+has changed since is pruned again. A lock beside the directory keeps a second process out; what
+nobody has touched for two weeks is deleted once another prune is done, the rest by
+``prufed gc --unfinished``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +33,14 @@ _ATTEMPTS: Final = 100
 _PAUSE: Final = 0.2
 """Seconds between two looks at work that another process has."""
 
+_PIECE: Final = 2**18
+"""Bytes of a file that are read at once, few enough for the cache."""
+
 _ANEW: Final = "begun-anew.json"
+
+_FINGERPRINTS: Final = "[0-9a-f]" * 32
+"""What work directories are called: where a registry is not in prufed's home, what lies beside it
+may be anybody's."""
 
 _ROWS: Final = "[0-9][0-9]-[0-9]*.json"
 """The files that mark a block as finished."""
@@ -53,7 +62,7 @@ class WorkBlock:
     facts: Path
 
     def is_whole(self) -> bool:
-        """Return whether the block is finished, and everything of it can be read."""
+        """Return whether the block is finished, and its files are there and have their length."""
         from prufed_cli.models.stored import stored_tensors
 
         if not self.facts.is_file():
@@ -67,10 +76,25 @@ class WorkBlock:
             return False
         return True
 
+    def is_sound(self) -> bool:
+        """Return whether the block is finished, and no byte has changed since; reads them all."""
+        return self.is_whole() and self.read_facts().get("checksums") == self.checksums()
+
+    def checksums(self) -> dict[str, int]:
+        """Return the CRC-32 of the files with tensors, as far as they exist.
+
+        A longer digest would protect no better from damage, and would take several times as long.
+        """
+        named = {"weights": self.weights, "masks": self.masks}
+        return {name: _crc32(file) for name, file in named.items() if file.is_file()}
+
     def read_facts(self) -> dict[str, Any]:
-        """Return what :attr:`facts` holds."""
-        facts: dict[str, Any] = json.loads(self.facts.read_text(encoding="utf-8"))
-        return facts
+        """Return what :attr:`facts` holds.
+
+        Raises:
+            ValueError: it has changed since it was written.
+        """
+        return _read(self.facts)
 
 
 @dataclass(frozen=True)
@@ -95,19 +119,54 @@ class WorkDirectory:
                 return index
         return blocks
 
+    def sound(self, submodels: int, blocks: int) -> int:
+        """Return how many blocks are as they were finished, as :meth:`finished` counts them."""
+        for index in range(blocks):
+            if not all(self.block(each, index).is_sound() for each in range(submodels)):
+                return index
+        return blocks
+
+    def forget_damaged(self, submodels: int, blocks: int) -> str | None:
+        """Let the first block that has changed since it was finished be unfinished.
+
+        Everything goes where one of the answers has changed: what is kept hangs on them.
+
+        Returns:
+            A sentence about it; None where all is well.
+        """
+        if not all(map(_is_readable, self._answers())):
+            anew = self.begun_anew
+            self.clear()
+            if anew:
+                self.begin_anew()
+            return "what was kept of this prune has changed on disk since; it begins anew"
+        index = self.sound(submodels, blocks)
+        damaged = [self.block(each, index).facts for each in range(submodels)]
+        if not all(facts.is_file() for facts in damaged):
+            return None
+        for facts in damaged:
+            facts.unlink()
+        return (
+            f"block {index + 1} of {blocks} has changed on disk since it was finished; "
+            "it is pruned again, and so are those after it"
+        )
+
+    def _answers(self) -> Iterator[Path]:
+        return (file for file in self.path.glob("[a-z]*.json") if file.name != _ANEW)
+
     def answer(self, question: str, ask: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
         """Return what ``ask`` said the first time the question came up."""
         file = self.path / f"{question}.json"
         if not file.is_file():
             self.write(file, ask())
-        answer: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return answer
+        return _read(file)
 
     def write(self, file: Path, content: Mapping[str, Any]) -> None:
-        """Write a JSON document, whole or not at all."""
+        """Write a JSON document with its checksum, whole or not at all."""
         from prufed_registry.durable import write_atomically
 
-        write_atomically(file, (json.dumps(content) + "\n").encode())
+        document = {"checksum": _crc32_of(content), "content": content}
+        write_atomically(file, (json.dumps(document) + "\n").encode())
 
     @property
     def begun_anew(self) -> bool:
@@ -209,7 +268,7 @@ def sweep(workplace: Path, *, untouched: float = KEPT_SECONDS, dry_run: bool = F
 
     newest = time.time() - untouched
     try:
-        paths = sorted(workplace.glob("*/"))
+        paths = sorted(workplace.glob(f"{_FINGERPRINTS}/"))
     except FileNotFoundError:  # another process has removed it as empty
         return []
     swept = []
@@ -244,6 +303,41 @@ def _touched(path: Path) -> float:
         return max(file.stat().st_mtime for file in (path, *path.iterdir()))
     except FileNotFoundError:  # another process renames or deletes what is in it right now
         return time.time()
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Return what :meth:`WorkDirectory.write` wrote.
+
+    Raises:
+        ValueError: the file has changed since.
+    """
+    document = json.loads(file.read_bytes())
+    if not isinstance(document, dict) or document.keys() != {"checksum", "content"}:
+        raise ValueError(f"{file.name} has changed since it was written")
+    content: dict[str, Any] = document["content"]
+    if document["checksum"] != _crc32_of(content):
+        raise ValueError(f"{file.name} has changed since it was written")
+    return content
+
+
+def _is_readable(file: Path) -> bool:
+    try:
+        _read(file)
+    except ValueError:
+        return False
+    return True
+
+
+def _crc32_of(content: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content).encode())
+
+
+def _crc32(file: Path) -> int:
+    checksum = 0
+    with file.open("rb", buffering=0) as opened:
+        while piece := opened.read(_PIECE):
+            checksum = zlib.crc32(piece, checksum)
+    return checksum
 
 
 def _lock_of(path: Path) -> Path:

@@ -18,7 +18,8 @@ TEMPORARY_PREFIX = ".prufed-"
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # safetensors reports a failed write as its own error, with the system's words inside.
-_FULL_WORDS = ("No space left on device", "os error 28", "Disk quota exceeded", "os error 27")
+_TOO_LARGE_WORDS = ("File too large", "os error 27")
+_FULL_WORDS = ("No space left on device", "os error 28", "Disk quota exceeded", *_TOO_LARGE_WORDS)
 
 
 def fsync(path: Path) -> None:
@@ -73,14 +74,28 @@ def hash_file(path: Path) -> str:
 
 
 def is_full_disk(error: BaseException | None) -> bool:
-    """Say whether an exception means that no more bytes fit."""
+    """Say whether an exception means that no more bytes fit, on the disk or into one file."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _FULL
     return any(words in str(error) for words in _FULL_WORDS)
 
 
-def full_disk_error(action: str, *, outside: bool = False) -> RegistryError:
-    """Return the one sentence for a full disk; see :func:`storage_errors`."""
+def full_disk_error(
+    action: str, error: BaseException | None, *, outside: bool = False
+) -> RegistryError:
+    """Return the one sentence for a full disk, or a file at its limit; see :func:`storage_errors`.
+
+    Args:
+        action: as there.
+        error: what :func:`is_full_disk` is true of.
+        outside: as there.
+    """
+    number = getattr(error, "errno", None)
+    if number == errno.EFBIG or any(words in str(error) for words in _TOO_LARGE_WORDS):
+        return RegistryError(
+            f"cannot {action}: a file would be larger than is allowed here",
+            "raise the limit (`ulimit -f unlimited`), or use a disk whose filesystem allows more",
+        )
     return RegistryError(
         f"cannot {action}: the disk is full",
         "free some space there, or choose a directory on another disk"
@@ -102,7 +117,7 @@ def storage_errors(action: str, *, outside: bool = False) -> Iterator[None]:
         yield
     except OSError as error:
         if is_full_disk(error):
-            raise full_disk_error(action, outside=outside) from error
+            raise full_disk_error(action, error, outside=outside) from error
         where = f" ({error.filename})" if error.filename else ""
         reason = (error.strerror or str(error)).lower()
         raise RegistryError(

@@ -25,7 +25,7 @@ def new_directory(directory: Path) -> Iterator[Path]:
 
     Raises:
         InvalidRequest: there is something at `directory`, or another process is writing it.
-        RegistryError: its disk is full.
+        RegistryError: its disk is full, or a file in it is larger than is allowed.
     """
     from filelock import FileLock, Timeout
 
@@ -58,7 +58,7 @@ def new_directory(directory: Path) -> Iterator[Path]:
         partial.rename(directory)
     except Exception as error:
         if is_full_disk(error) and not isinstance(error, RegistryError):
-            raise full_disk_error(f"write {directory}", outside=True) from error
+            raise full_disk_error(f"write {directory}", error, outside=True) from error
         raise
     finally:
         delete_tree(partial)

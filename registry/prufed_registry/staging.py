@@ -95,7 +95,7 @@ class Staging:
         self._release()
         expected = error is None or isinstance(error, RegistryError)
         if not expected and is_full_disk(error):
-            raise full_disk_error("write the artifact") from error
+            raise full_disk_error("write the artifact", error) from error
 
     def publish(
         self,

@@ -7,14 +7,17 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from prufed_cli.home import prunes_directory
+from prufed_cli.pruning import PruneRequest, prune
 from prufed_cli.pruning.work import KEPT_SECONDS
-from prufed_registry import Registry
+from prufed_registry import Registry, RegistryError
 
 Call = Callable[..., Any]
 Start = Callable[..., Any]
@@ -58,6 +61,17 @@ def kill(child: Any) -> None:
     child.send_signal(signal.SIGKILL)
     child.communicate()
     assert child.returncode == -signal.SIGKILL
+
+
+@contextmanager
+def largest_file(limit: int) -> Iterator[None]:
+    """Let no file of this process grow beyond so many bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def digest(registry: Registry, reference: str) -> str:
@@ -126,32 +140,71 @@ def test_killed_again_and_again(
 
 
 @pytest.mark.slow
+def flip(content: bytes) -> bytes:
+    """Flip a bit in the last tensor, or in the last number."""
+    place = len(content) - 5
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+@pytest.fixture
+def unpublished(registry: Registry, prufed: Call, prufed_home: Path) -> tuple[object, ...]:
+    """The arguments of a prune that was cut off when all four blocks were finished."""
+    wanted = ("prune", "--base", "tiny", "--method", "magnitude", "--nested")
+    wanted = (*wanted, "--sparsity", "0.25,0.5")
+    with largest_file(100_000):
+        assert prufed(*wanted).code == 1
+    assert finished(prufed_home) == 4
+    return wanted
+
+
 @pytest.mark.parametrize(
     ("file", "damage"),
     [
         ("00-00000.json", lambda content: content[:20]),
         ("00-00000.safetensors", lambda content: content[:-1]),
-        ("00-00000.masks.safetensors", lambda content: b""),
+        ("01-00000.masks.safetensors", lambda content: b""),
+        ("00-00002.json", flip),
+        ("01-00002.safetensors", flip),
+        ("01-00002.masks.safetensors", flip),
     ],
 )
 def test_a_block_that_is_damaged_afterwards_is_pruned_again(
-    fork: Start,
     prufed: Call,
     registry: Registry,
     prufed_home: Path,
-    slow: tuple[object, ...],
+    unpublished: tuple[object, ...],
     file: str,
     damage: Callable[[bytes], bytes],
 ) -> None:
-    child = fork(*slow)
-    wait_for(child, lambda: finished(prufed_home) >= 1)
-    kill(child)
     (spoilt,) = prufed_home.glob(f"prunes/*/{file}")
     spoilt.write_bytes(damage(spoilt.read_bytes()))
-    made = prufed(*slow)
+    sound = int(file[7])
+    told = json.loads(prufed(*unpublished, "--dry-run", "--json").out)
+    assert told["finished_blocks"] == sound
+    made = prufed(*unpublished)
     assert made.code == 0, made.err
+    assert f"block {sound + 1} of 4 has changed on disk since it was finished" in made.err
+    assert ("resuming after block 2 of 4" in made.err) == (sound == 2)
+    anew = prufed(*unpublished, "--force")
+    assert "changed" not in anew.err
+    for one, other in zip(made.out.split(), anew.out.split(), strict=True):
+        assert digest(registry, one) == digest(registry, other)
+
+
+@pytest.mark.parametrize("force", [(), ("--force",)])
+def test_work_whose_answers_are_damaged_begins_anew(
+    prufed: Call, prufed_home: Path, unpublished: tuple[object, ...], force: tuple[str, ...]
+) -> None:
+    if force:
+        with largest_file(100_000):
+            assert prufed(*unpublished, *force).code == 1
+    (answer,) = prufed_home.glob("prunes/*/threads.json")
+    answer.write_bytes(flip(answer.read_bytes()))
+    made = prufed(*unpublished, *force)
+    assert made.code == 0, made.err
+    assert "has changed on disk since; it begins anew" in made.err
     assert "resuming" not in made.err
-    assert digest(registry, made.out) == digest(registry, prufed(*slow, "--force").out)
+    assert not (prufed_home / "prunes").exists()
 
 
 @pytest.mark.slow
@@ -279,19 +332,34 @@ def test_gc_deletes_unfinished_work_where_it_is_asked_to(
     assert prufed("gc").err == ""
 
 
+def test_gc_looks_where_prune_leaves_work_of_a_registry_elsewhere(
+    prufed: Call, base_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Registry(tmp_path / "elsewhere" / "registry")
+    wanted = PruneRequest(base=str(base_directory), method="magnitude", sparsity=0.5)
+    registry.import_directory(base_directory)
+    with largest_file(100_000), pytest.raises(RegistryError):
+        prune(wanted, registry=registry)
+    (left,) = prunes_directory(registry).glob("*/")
+    theirs = left.with_name("theirs") / "thesis.tex"
+    theirs.parent.mkdir()
+    theirs.write_text("years of work")
+    monkeypatch.setenv("PRUFED_HOME", str(tmp_path / "elsewhere"))
+    told = json.loads(prufed("gc", "--unfinished", "--json").out)
+    assert [item["path"] for item in told["items"]] == [f"prunes/{left.name}"]
+    assert not left.exists()
+    assert theirs.exists()
+
+
 @pytest.mark.parametrize(("limit", "done"), [(20_000, 0), (100_000, 4)], ids=["block", "model"])
-def test_a_full_disk_is_one_sentence_and_what_was_finished_stays(
+def test_a_file_that_may_not_grow_is_one_sentence_and_what_was_finished_stays(
     prufed: Call, registry: Registry, prufed_home: Path, limit: int, done: int
 ) -> None:
-    """A file size limit fails a write halfway, as a full disk does, and needs no privileges."""
+    """It fails halfway, as on a full disk."""
     wanted = ("prune", "--base", "tiny", "--method", "magnitude", "--sparsity", "0.5")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
+    with largest_file(limit):
         called = prufed(*wanted)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    called.refused(1, "the disk is full")
+    called.refused(1, "a file would be larger than is allowed here", "ulimit -f")
     assert finished(prufed_home) == done
     assert [artifact.ref for artifact in registry.list()] == ["tiny@v1"]
     assert registry.gc(dry_run=True).items == ()

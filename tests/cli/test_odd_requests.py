@@ -165,3 +165,18 @@ def test_what_an_export_cannot_do(prufed: Call, registry: Registry, tmp_path: Pa
 
 def test_a_version_that_is_named_twice_is_removed_once(prufed: Call, registry: Registry) -> None:
     assert prufed("rm", "tiny@v1", "tiny").out == "removed tiny@v1\n"
+
+
+@pytest.mark.parametrize("nested", [(), ("--nested",)])
+def test_several_sub_models_are_one_document(
+    prufed: Call, registry: Registry, nested: tuple[str, ...]
+) -> None:
+    wanted = ("prune", "--base", "tiny", "--method", "magnitude", "--json", "--sparsity")
+    several = json.loads(prufed(*wanted, "0.25,0.5", *nested).out)
+    assert several.keys() == {"schema", "results"}
+    assert [one["reference"][:17] for one in several["results"]] == [
+        "tiny-magnitude-25",
+        "tiny-magnitude-50",
+    ]
+    one = json.loads(prufed(*wanted, "0.5").out)
+    assert one.keys() == {"schema", *several["results"][1]}

@@ -206,7 +206,8 @@ def test_damaged_files(
 
 
 @pytest.mark.parametrize(
-    "source", ["missing.txt", "/nowhere/at/all", "some/deep/path", "rows.jsonl"]
+    "source",
+    ["missing.txt", "/nowhere/at/all", "some/deep/path", "rows.jsonl", "./rows", "../rows"],
 )
 def test_a_missing_file_is_not_found(tokenizer: Any, source: str) -> None:
     with pytest.raises(PrufedError, match=f"{source} does not exist") as refusal:
@@ -214,11 +215,15 @@ def test_a_missing_file_is_not_found(tokenizer: Any, source: str) -> None:
     assert refusal.value.exit_code == 3
 
 
+@pytest.mark.parametrize("source", ["dolly", "rows.jsnl", "owner/rows:en"])
+def test_what_may_be_a_data_set_is_said_to_be_no_file_too(tokenizer: Any, source: str) -> None:
+    """The Hub is out of reach here."""
+    words = f"{source} is no file here, and it cannot be read as a data set on the Hub"
+    with pytest.raises(PrufedError, match=words) as refusal:
+        calibration_batches(source, tokenizer, samples=2, length=8)
+    assert "check the path" in str(refusal.value.hint)
+
+
 def test_an_empty_directory_is_no_data_set(tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(PrufedError, match="is no data set"):
         calibration_batches(str(tmp_path), tokenizer)
-
-
-def test_a_data_set_that_cannot_be_reached_says_so(tokenizer: Any) -> None:
-    with pytest.raises(PrufedError, match="nobody/nothing"):
-        calibration_batches("nobody/nothing", tokenizer)

@@ -15,6 +15,7 @@ from prufed_plugins.errors import MethodError
 from prufed_plugins.pruners.modules import selected
 from prufed_plugins.settings import parse_settings
 from prufed_plugins.testing.pruner import TinyDecoder, tokens
+from prufed_plugins.testing.tiny_decoder import PrunedBefore
 
 METHODS = ["magnitude", "wanda", "sparsegpt"]
 HALF = PruneTarget(sparsity=0.5)
@@ -58,6 +59,19 @@ def test_what_is_left_out_comes_whole_with_a_full_mask(method: str) -> None:
         else:
             assert int(result.mask.sum()) == result.mask.numel() // 2
             assert "excluded" not in result.report
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_left_out_keeps_the_mask_of_an_earlier_prune(method: str) -> None:
+    decoder = PrunedBefore()
+    before = decoder.parameters()
+    for name, result in prune(method, decoder, exclude="down,up").items():
+        if name.endswith("gate.weight"):
+            continue
+        mask = decoder.masks.get(name)
+        assert result.mask.all() if mask is None else torch.equal(result.mask, mask)
+        assert torch.equal(result.weight, before[name])
+        assert result.report == {"sparsity": 0.0 if mask is None else 1 / 8, "excluded": 1.0}
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])

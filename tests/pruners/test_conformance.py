@@ -104,6 +104,14 @@ class ReadsOutputsByInputs(SparseGPT):
         return tuple(results)
 
 
+class RepeatsItself(SparseGPT):
+    def _run(self, *args: Any, **options: Any) -> Any:
+        for results in super()._run(*args, **options):
+            yield results
+            if results[0].name.endswith("0.up.weight"):
+                yield results
+
+
 @pytest.mark.parametrize(
     ("broken", "failures"),
     [
@@ -119,6 +127,13 @@ class ReadsOutputsByInputs(SparseGPT):
             {
                 "what_is_gone_goes_first": "has entries again that an earlier prune removed",
                 "nested_masks_lack_what_is_gone": "has entries again that an earlier prune removed",
+            },
+        ),
+        (
+            RepeatsItself,
+            {
+                "every_matrix_once_in_block_order": "layers.0.up.weight came more than once",
+                "nested_masks_are_nested": "layers.0.up.weight came more than once",
             },
         ),
         (

@@ -18,7 +18,8 @@ from prufed_cli.errors import PrufedError
 from prufed_cli.models.activations import Activations
 from prufed_cli.models.skeleton import open_skeleton
 from prufed_cli.models.streaming import StreamedDecoder
-from prufed_cli.pruning import PruneRequest, plan_prune, prune
+from prufed_cli.progress import Reporter
+from prufed_cli.pruning import PruneRequest, at_sparsities, plan_prune, prune, prune_several
 from prufed_cli.pruning.estimate import BlockWork, Rates, block_seconds, measure_rates
 from prufed_cli.pruning.plan import layouts_of, look_at_layouts
 from prufed_plugins.pruners.collecting import embed, observe
@@ -152,6 +153,56 @@ def test_each_layout_is_looked_at_in_one_block_and_once(
 
 
 # --- methods that read no weight -----------------------------------------------------------------
+
+# --- what is written -----------------------------------------------------------------------------
+
+HEADS = 0.2
+"""Of these small files, at most, that are the names of their tensors."""
+
+
+class Watcher(Reporter):
+    """Counts the bytes of kept blocks when the first sub-model is about to be written."""
+
+    def __init__(self, workplace: Path) -> None:
+        self.workplace = workplace
+        self.kept = 0
+
+    def task(self, description: str, total: int | None = None) -> Any:
+        if description == "write the sub-model" and not self.kept:
+            self.kept = bytes_of(self.workplace, "*/*.safetensors")
+        return super().task(description, total)
+
+
+def bytes_of(directory: Path, pattern: str) -> int:
+    return sum(file.stat().st_size for file in directory.glob(pattern))
+
+
+@pytest.mark.parametrize("sparsities", [[0.5], [0.25, 0.5]])
+def test_the_plan_says_what_is_written(
+    llama: Any, saved: Callable[..., Path], prufed_home: Path, sparsities: list[float]
+) -> None:
+    base = PruneRequest(base=str(saved(llama)), method="magnitude")
+    wanted, nested = at_sparsities(base, sparsities), len(sparsities) > 1
+    plan = plan_prune(wanted, nested=nested)
+    watcher = Watcher(prufed_home / "prunes")
+    made = prune_several(wanted, nested=nested, reporter=watcher)
+    files = sum(bytes_of(one.artifact.path, "*.safetensors") for one in made)
+    assert plan.kept < watcher.kept < plan.kept * (1 + HEADS)
+    assert plan.models < files < plan.models * (1 + HEADS)
+
+
+@pytest.mark.parametrize("method", ["top", "explicit"])
+def test_the_plan_of_a_method_that_drops_layers_leaves_them_out(
+    llama: Any, saved: Callable[..., Path], method: str
+) -> None:
+    how = {"settings": {"layers": [0, 3]}} if method == "explicit" else {"layers": 4}
+    wanted = PruneRequest(base=str(saved(llama)), method=method, **how)
+    plan = plan_prune([wanted])
+    assert plan.kept == 0
+    assert "until the end" not in "".join(plan.lines())
+    file = bytes_of(prune(wanted).artifact.path, "*.safetensors")
+    assert plan.models < file < plan.models * (1 + HEADS)
+
 
 POSITIONAL: list[tuple[str, dict[str, Any]]] = [
     *((method, {"layers": 2}) for method in ("top", "bottom", "symmetric", "even-alternate")),

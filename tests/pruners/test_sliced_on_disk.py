@@ -21,11 +21,14 @@ from transformers import (
     GptOssConfig,
     GraniteMoeConfig,
     HunYuanMoEV1Config,
+    JambaConfig,
     Lfm2Config,
     Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
     Qwen3_5TextConfig,
+    Qwen3NextConfig,
+    XLMConfig,
     xLSTMConfig,
 )
 
@@ -233,6 +236,14 @@ OTHER_BLOCKS: dict[str, Callable[[], Any]] = {
 }
 
 
+OTHERWISE = {
+    "experts that stay fused": "mlp.experts.gate_up_proj holds the matrices of all experts in one",
+    "routers of their own": "experts.gate_up_proj holds the matrices of all experts in one",
+    "state spaces": "backbone.layers.0.mixer.conv1d.weight belongs to a convolution",
+}
+"""Why the entries of these cannot be pruned."""
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", OTHER_BLOCKS)
 def test_layers_are_dropped_whatever_they_hold(kind: str, saved: Save, text: Path) -> None:
@@ -261,10 +272,48 @@ def test_layers_are_dropped_whatever_they_hold(kind: str, saved: Save, text: Pat
             sliced(input_ids=ids, use_cache=False).logits,
             reference(input_ids=ids, use_cache=False).logits,
         )
-    with pytest.raises(PrufedError, match="is not a linear module's weight"):
+    with pytest.raises(PrufedError, match=OTHERWISE[kind]) as refused:
         prune(PruneRequest(base=str(base), method="magnitude", sparsity=0.5), device="cpu")
-    with pytest.raises(PrufedError, match="is not a linear module's weight"):
+    assert "--method top" in str(refused.value.hint)
+    with pytest.raises(PrufedError, match=OTHERWISE[kind]):
         prune(PruneRequest(base=str(base), method="magnitude-layers", layers=1), device="cpu")
+
+
+UNREADABLE: dict[str, tuple[Callable[[], Any], str]] = {
+    "experts stored one by one": (
+        lambda: Qwen3NextConfig(
+            **plain(head_dim=8, num_experts=4, num_experts_per_tok=2),
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=16,
+            linear_num_value_heads=4,
+            linear_num_key_heads=2,
+            linear_key_head_dim=8,
+            linear_value_head_dim=8,
+        ),
+        "layers.0.mlp.experts.gate_up_proj is stored in another form, which is not read here",
+    ),
+    "blocks of two kinds": (
+        lambda: JambaConfig(
+            **plain(num_experts=1, attn_layer_period=2, attn_layer_offset=1, mamba_dt_rank=4),
+            use_mamba_kernels=False,
+        ),
+        "of several kinds: JambaAttentionDecoderLayer, JambaMambaDecoderLayer",
+    ),
+    "layers in several lists": (
+        lambda: XLMConfig(vocab_size=97, emb_dim=32, n_layers=4, n_heads=4),
+        "one part of its layers is in transformer.attentions, another in ffns",
+    ),
+}
+"""Models of which neither entries nor layers can be pruned, and why."""
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_what_no_method_can_prune_is_refused_with_the_reason(kind: str, saved: Save) -> None:
+    configuration, reason = UNREADABLE[kind]
+    base = str(saved(AutoModelForCausalLM.from_config(configuration())))
+    for how in ({"method": "magnitude", "sparsity": 0.5}, {"method": "top", "layers": 1}):
+        with pytest.raises(PrufedError, match=reason):
+            prune(PruneRequest(base=base, **how), device="cpu")
 
 
 def llama4(step: int) -> Any:

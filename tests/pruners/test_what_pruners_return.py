@@ -83,6 +83,18 @@ def test_a_matrix_that_is_not_as_the_contract_says_is_not_published(
     assert [each.kind for each in registry.list()] == ["base"]
 
 
+@pytest.mark.parametrize("between", [(), ("gate",)])
+def test_a_matrix_that_comes_twice_is_refused(
+    between: tuple[str, ...], llama: Any, saved: Save, registry: Registry
+) -> None:
+    job = _job([magnitude(saved(llama))], {"registry": registry})
+    names = [UP, *(UP.replace("up", other) for other in between), UP]
+    answers = Answers([PrunedMatrix(name, ZEROS, ALL, {"sparsity": 0.0}) for name in names])
+    with pytest.raises(MethodError, match=f"returned {UP} twice"):
+        run_pass(replace(job, pruner=answers), [0])
+    assert [each.kind for each in registry.list()] == ["base"]
+
+
 def test_a_zero_outside_the_mask_may_have_either_sign(
     llama: Any, saved: Save, registry: Registry
 ) -> None:

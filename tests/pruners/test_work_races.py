@@ -16,7 +16,7 @@ from prufed_cli.pruning.work import sweep, take_work
 workplace, mine, times = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 for each in range(times):
     sweep(workplace)
-    with take_work(workplace, f"{mine}{each}", print) as work:
+    with take_work(workplace, f"{mine}{each:031}", print) as work:
         for _ in range(3):
             work.write(work.path / "survey.json", {})
 """

@@ -121,7 +121,7 @@ class FedSpaLLM:
         parameter = f"{name}.weight"
         votes = _votes(parameter, clients, decoder)
         if not votes:
-            return keep(name, module, "uncovered")
+            return keep(name, module, decoder.masks, "uncovered")
         shape = module.get_parameter("weight").shape
         mean, kept = mean_of_kept(parameter, votes)
         values, kept = (oriented(module, each.reshape(shape)) for each in (mean, kept))

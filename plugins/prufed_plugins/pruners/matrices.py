@@ -118,11 +118,20 @@ def apply(
     )
 
 
-def keep(name: str, module: nn.Module, why: str) -> PrunedMatrix:
-    """Return a matrix that stays as it is, with a full mask and the reason in its report."""
+def keep(name: str, module: nn.Module, masks: Mapping[str, Tensor], why: str) -> PrunedMatrix:
+    """Return a matrix that stays as it is, with the reason in its report.
+
+    Its mask is that of an earlier prune, or full; what that prune removed is zero in the module.
+    """
     weight = module.get_parameter("weight").detach()
-    mask = torch.ones_like(weight, dtype=torch.bool)
-    return PrunedMatrix(f"{name}.weight", weight, mask, {"sparsity": 0.0, why: 1.0})
+    before = masks.get(f"{name}.weight")
+    if before is None:
+        mask, sparsity = torch.ones_like(weight, dtype=torch.bool), 0.0
+    else:
+        mask = before.to(weight.device)
+        clear(weight, mask)
+        sparsity = (mask.numel() - count(mask)) / mask.numel()
+    return PrunedMatrix(f"{name}.weight", weight, mask, {"sparsity": sparsity, why: 1.0})
 
 
 def oriented(module: nn.Module, tensor: Tensor) -> Tensor:

@@ -89,8 +89,9 @@ class ElementPruner(Generic[S]):
     ) -> Iterator[PrunedMatrix]:
         """Yield the pruned matrices in block order; see :meth:`prufed_plugins.api.Pruner.prune`.
 
-        Matrices that the patterns leave out, and experts that no token was routed to, come with a
-        full mask and ``excluded`` or ``unrouted`` in their report.
+        Matrices that the patterns leave out, and experts that no token was routed to, come as they
+        are, with the mask they have or a full one, and say ``excluded`` or ``unrouted`` in their
+        report.
 
         Raises:
             MethodError: no calibration, a target that cannot be met, a pattern that matches no
@@ -174,9 +175,9 @@ class ElementPruner(Generic[S]):
             observed = self._observe(decoder, index, names, states, advancing=dense and more)
             for name, module in decoder.linears(index).items():
                 if name not in names:
-                    yield (keep(name, module, "excluded"),) * len(targets)
+                    yield (keep(name, module, decoder.masks, "excluded"),) * len(targets)
                 elif observed is not None and name not in observed:
-                    yield (keep(name, module, "unrouted"),) * len(targets)
+                    yield (keep(name, module, decoder.masks, "unrouted"),) * len(targets)
                 else:
                     gone = absent(name, module, decoder.masks)
                     stored = decoder.stored_dtype(f"{name}.weight")

@@ -134,6 +134,15 @@ def _require_gone(decoder: TinyDecoder, result: PrunedMatrix) -> None:
     assert not back, f"{result.name} has entries again that an earlier prune removed"
 
 
+def _require_every_matrix_once(names: list[str], decoder: TinyDecoder) -> None:
+    blocks = [int(name.split(".")[2]) for name in names]
+    assert blocks == sorted(blocks), f"blocks came in the order {blocks}"
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    assert not twice, f"{twice[0]} came more than once"
+    expected = {f"{name}.weight" for i in range(LAYERS) for name in decoder.linears(i)}
+    assert sorted(names) == sorted(expected), "names differ"
+
+
 def _states_its_result(pruner: Pruner) -> None:
     """The pruner says what it yields and whether it needs calibration."""
     assert pruner.result in {"masked", "sliced"}, f"result is {pruner.result!r}"
@@ -171,10 +180,7 @@ def _every_matrix_once_in_block_order(pruner: Pruner, target: PruneTarget) -> No
     decoder = TinyDecoder()
     before = decoder.parameters()
     results: list[PrunedMatrix] = _prune(pruner, decoder, target)
-    blocks = [int(result.name.split(".")[2]) for result in results]
-    assert blocks == sorted(blocks), f"blocks came in the order {blocks}"
-    expected = {f"{name}.weight" for i in range(LAYERS) for name in decoder.linears(i)}
-    assert sorted(result.name for result in results) == sorted(expected), "names differ"
+    _require_every_matrix_once([result.name for result in results], decoder)
     for result in results:
         assert result.weight.shape == before[result.name].shape, f"{result.name} changed shape"
         assert result.weight.dtype == before[result.name].dtype, f"{result.name} changed dtype"
@@ -331,14 +337,17 @@ def _nested_masks_are_nested(pruner: Any) -> None:
     sparsities = (0.25, 0.5, 0.75)
     targets = [PruneTarget(sparsity=sparsity) for sparsity in sparsities]
     kept, entries = [0] * len(targets), 0
+    names: list[str] = []
     for results in pruner.prune_nested(decoder, calibration, targets, lambda *_: None):
         assert len(results) == len(targets), f"{len(results)} results for {len(targets)} targets"
         entries += results[0].mask.numel()
+        names.append(results[0].name)
         for position, result in enumerate(results):
             kept[position] += int(result.mask.sum())
             assert not bool(result.weight[~result.mask].any()), f"{result.name} keeps pruned ones"
             inside = bool((result.mask <= results[max(position - 1, 0)].mask).all())
             assert inside, f"{result.name} at {sparsities[position]} is not nested"
+    _require_every_matrix_once(names, decoder)
     for found, sparsity in zip(kept, sparsities, strict=True):
         assert abs(1 - found / entries - sparsity) <= 0.02, f"{sparsity} left {found} of {entries}"
     for name, value in decoder.parameters().items():
