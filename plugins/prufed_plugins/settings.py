@@ -13,6 +13,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Union, get_args, get_origin
 
+from prufed_plugins.api import SUB_MODELS
 from prufed_plugins.errors import MethodError
 
 if TYPE_CHECKING:
@@ -246,6 +247,12 @@ def parameters(model: type[BaseModel]) -> list[Parameter]:
         )
         for name, field in model.model_fields.items()
     ]
+
+
+def holds_sub_models(field: FieldInfo) -> bool:
+    """Return whether a parameter's paths are sub-models, which users name by reference."""
+    extra = field.json_schema_extra
+    return isinstance(extra, Mapping) and bool(extra.get(SUB_MODELS))
 
 
 def example(model: type[BaseModel]) -> Mapping[str, Any]:

@@ -93,6 +93,7 @@ def _parameters(document: Any, path: KeyPath, directory: Path) -> Iterator[Probl
     """
     from prufed_plugins.discover import catalog
     from prufed_plugins.errors import MethodError
+    from prufed_plugins.settings import holds_sub_models
 
     named = _text_at(document, (*path, "name")) or _text_at(document, ("pruner", "name"))
     if named is None:
@@ -102,7 +103,8 @@ def _parameters(document: Any, path: KeyPath, directory: Path) -> Iterator[Probl
     except MethodError:
         return  # what is wrong with the name is said where names are checked
     for name, field in fields.items():
-        if Path in {field.annotation, *get_args(field.annotation)}:
+        paths = Path in {field.annotation, *get_args(field.annotation)}
+        if paths and not holds_sub_models(field):
             yield from _path(document, (*path, field.alias or name), directory)
 
 

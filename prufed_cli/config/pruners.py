@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING
 
 from prufed_plugins.discover import catalog
 from prufed_plugins.errors import MethodError
-from prufed_plugins.params import ElementParams, ExplicitParams, LayerDropParams
+from prufed_plugins.params import (
+    ElementParams,
+    ExplicitParams,
+    FedSpaLLMParams,
+    LayerDropParams,
+)
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -22,7 +27,7 @@ def drops_layers(name: str) -> bool:
 
 def removes_entries(name: str) -> bool:
     """Return whether a pruner is known to remove single entries; False where there is none."""
-    return _has_params(name, ElementParams)
+    return _has_params(name, ElementParams, FedSpaLLMParams)
 
 
 def _has_params(name: str, *models: type[BaseModel]) -> bool:

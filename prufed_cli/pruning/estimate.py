@@ -40,6 +40,10 @@ _CHOSEN: Final = 11
 """Passes over a matrix to score its entries by its inputs, and select them at once."""
 _SMALLEST: Final = 2
 """Passes over a matrix to select its smallest entries."""
+_MERGED: Final = 4
+"""Passes over a matrix to read it in one of the sub-models that are merged, check it and add it."""
+_VOTED: Final = 12
+"""Passes over a matrix to count votes and select by them."""
 _MATRIX: Final = 8
 """Passes over a matrix to read, check, apply, pack and write it."""
 _PUBLISHED: Final = 7
@@ -77,6 +81,7 @@ class BlockWork:
         passes: how often they do; a pass that only looks at inputs ends before the last matrices.
         hessians: whether a Hessian of each input is gathered and factored, and its columns swept.
         targets: how many sub-models are made of it.
+        merged: how many sub-models it is merged from.
     """
 
     shapes: Sequence[tuple[int, int]]
@@ -86,6 +91,7 @@ class BlockWork:
     passes: float
     hessians: bool
     targets: int
+    merged: int = 0
 
 
 def measure_rates(device: torch.device) -> Rates:
@@ -141,6 +147,8 @@ def block_seconds(work: BlockWork, rates: Rates) -> float:
     """Return how long one block takes to calibrate, prune and write."""
     seconds = _START + work.passes * work.forward
     choosing = _SWEPT if work.hessians else _CHOSEN if work.passes else _SMALLEST
+    if work.merged:
+        choosing = _VOTED + work.merged * _MERGED
     for rows, columns in work.shapes:
         entries = rows * columns
         seconds += work.targets * entries * (_MATRIX + choosing) * rates.entry

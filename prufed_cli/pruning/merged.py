@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from prufed_cli.errors import USAGE, PrufedError
-from prufed_plugins.api import SUB_MODELS
+from prufed_plugins.settings import holds_sub_models
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
-
     from prufed_cli.pruning.request import PruneRequest
     from prufed_registry import Artifact, Registry
 
@@ -33,7 +30,7 @@ def find_sub_models(
     from prufed_plugins.discover import catalog
 
     params = catalog().get("pruner", request.method).method.params
-    keys = _marked(params)
+    keys = [name for name, field in params.model_fields.items() if holds_sub_models(field)]
     if not keys:
         return request, ()
     given = params.model_validate(method_settings(request))
@@ -54,15 +51,6 @@ def find_sub_models(
                 USAGE,
             )
     return replace(request, settings=settings), tuple(found)
-
-
-def _marked(params: type[BaseModel]) -> list[str]:
-    """Return the parameters whose paths are sub-models of the base."""
-    return [
-        name
-        for name, field in params.model_fields.items()
-        if isinstance(field.json_schema_extra, Mapping) and field.json_schema_extra.get(SUB_MODELS)
-    ]
 
 
 def _sub_model(reference: str, base: Artifact, registry: Registry) -> Artifact:

@@ -456,6 +456,7 @@ def _seconds(job: Job, skeleton: Skeleton, layouts: Sequence[Layout], begin: int
             passes=0,
             hessians=statistic_bytes(job)(1000) >= _HESSIAN_BYTES,
             targets=len(job.submodels),
+            merged=len(job.merged),
         )
         for index in layout.blocks:
             if index < begin:  # run again, to see what the first unfinished block receives

@@ -216,6 +216,15 @@ def test_the_parameters_of_the_built_in_pruners_tell_what_they_make() -> None:
     assert not removes_entries("nobody's")
 
 
+def test_sub_models_to_be_merged_are_references_and_no_paths(directory: Path) -> None:
+    loaded = config(
+        directory,
+        "clients: [{name: a, data: own.jsonl, sparsity: 0.5,"
+        " pruner: {name: fedspallm, clients: [one@v1, two]}}]\n",
+    )
+    assert loaded.pruner_of(loaded.clients[0]).settings == {"clients": ["one@v1", "two"]}
+
+
 def test_own_data_wins_and_the_others_share(directory: Path) -> None:
     loaded = config(
         directory,
