@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prufed_cli.config.pruners import drops_layers
 from prufed_cli.errors import USAGE, PrufedError
 from prufed_cli.pruning import PruneRequest
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from prufed_cli.config import FederationConfig
     from prufed_cli.config.models import ClientConfig
     from prufed_registry import Registry
@@ -63,9 +65,11 @@ def plan_submodel(
     """
     if client.base is not None:
         return _made_before(client, client.base, base, layers, registry)
+    pruner = config.pruner_of(client)
+    if client.keep_layers is not None and pruner.name == "explicit":
+        _check_list(client, pruner.settings, layers)
     if client.sparsity == 0 or (client.keep_layers is not None and client.keep_layers == layers):
         return whole(base, layers)
-    pruner = config.pruner_of(client)
     settings = dict(pruner.settings)
     if client.keep_layers is not None:
         if layers is not None and client.keep_layers > layers:
@@ -94,6 +98,24 @@ def plan_submodel(
         kept = _kept(client, layers)
         density = kept / layers if kept and layers else None
     return SubModel(_label(pruner.name, client), None, request, sparsity, kept, density)
+
+
+def _check_list(client: ClientConfig, settings: Mapping[str, Any], layers: int | None) -> None:
+    """Refuse a list of layers that is not as long as the client says.
+
+    Raises:
+        PrufedError: as said.
+    """
+    listed = settings.get("layers")
+    kept = None if listed is None else len(listed)
+    if listed is None and layers is not None:
+        kept = layers - len(settings.get("drop_layers") or ())
+    if kept is not None and kept != client.keep_layers:
+        raise PrufedError(
+            f"client {client.name} keeps {client.keep_layers} layers, but its list leaves {kept}",
+            "make keep_layers and the list of explicit agree",
+            USAGE,
+        )
 
 
 def _kept(client: ClientConfig, layers: int | None) -> int | None:

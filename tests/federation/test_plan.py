@@ -269,3 +269,19 @@ def test_a_setting_that_does_not_exist_is_one_clear_sentence(
     assert said in caught.value.message
     assert caught.value.hint
     assert caught.value.exit_code == 2
+
+
+# --- lists of layers -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("listed", "left"), [({"layers": [0, 1]}, 2), ({"drop_layers": [2]}, 3)])
+def test_a_list_of_layers_is_as_long_as_the_client_says(
+    tmp_path: Path, configuration: Document, listed: Document, left: int
+) -> None:
+    def asking(keep: int) -> Document:
+        own = {"name": "a", "keep_layers": keep, "pruner": {"name": "explicit", **listed}}
+        return {**configuration, "clients": [own]}
+
+    assert plan_of(tmp_path, asking(left)).clients[0].submodel.layers == left
+    with pytest.raises(PrufedError, match=rf"a keeps 4 layers, but its list leaves {left}"):
+        plan_of(tmp_path, asking(4))
