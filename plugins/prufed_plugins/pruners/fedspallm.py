@@ -29,7 +29,12 @@ import torch
 from prufed_plugins.entries import count, is_finite
 from prufed_plugins.errors import MethodError
 from prufed_plugins.pruners.matrices import Choice, apply, as_matrix, float_matrix, keep, oriented
-from prufed_plugins.pruners.selection import check_pattern, check_target, smallest
+from prufed_plugins.pruners.selection import (
+    check_pattern,
+    check_target,
+    smallest,
+    smallest_of_groups,
+)
 from prufed_plugins.pruners.sub_models import SubModel
 from prufed_plugins.tensor_files import Entries
 from prufed_plugins.threads import one_thread
@@ -224,7 +229,14 @@ def removed_by(kept: Tensor, values: Tensor, target: PruneTarget) -> Tensor:
     """
     gone = kept == 0
     if target.pattern is not None:
-        return gone | _first_of_groups(kept, values, target.pattern)
+        rows = max(PIECE // kept.shape[1], 1)
+        parts = zip(torch.split(kept, rows), torch.split(values, rows), strict=True)
+        for some, (votes, magnitudes) in zip(torch.split(gone, rows), parts, strict=True):
+            # votes in the upper half, and in the lower the bits of a value, which order as it does
+            keys = votes.long().bitwise_left_shift_(32)
+            keys.bitwise_or_(magnitudes.abs().view(torch.int32))
+            some.logical_or_(smallest_of_groups(keys, target.pattern))
+        return gone
     if target.sparsity is None:
         return gone
     wanted = math.ceil(Fraction(repr(target.sparsity)) * kept.numel()) - count(gone)
@@ -247,24 +259,6 @@ def _histogram(kept: Tensor) -> Tensor:
     for part in _pieces(len(entries)):
         counts += torch.bincount(entries[part], minlength=most + 1)
     return counts
-
-
-def _first_of_groups(kept: Tensor, values: Tensor, pattern: tuple[int, int]) -> Tensor:
-    """Return the n entries of every m in a row that the fewest clients kept."""
-    n, m = pattern
-    rows, columns = kept.shape
-    first = torch.zeros(rows, columns, dtype=torch.bool)
-    whole = columns - columns % m
-    for part, size in ((slice(0, whole), m), (slice(whole, columns), columns - whole)):
-        if part.start == part.stop:
-            continue
-        groups = (rows, -1, size)
-        by_value = values[:, part].abs().reshape(groups).argsort(dim=2, stable=True)
-        by_votes = kept[:, part].reshape(groups).gather(2, by_value).argsort(dim=2, stable=True)
-        order = by_value.gather(2, by_votes)[..., :n]
-        chosen = torch.zeros(rows, order.shape[1], size, dtype=torch.bool)
-        first[:, part] = chosen.scatter_(2, order, True).reshape(rows, -1)
-    return first
 
 
 def _check_target(decoder: Decoder, target: PruneTarget) -> None:
