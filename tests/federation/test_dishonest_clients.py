@@ -135,42 +135,38 @@ def events(home: Path, kind: str) -> list[Document]:
     return [event for event in found if event["event"] == kind]
 
 
-@pytest.mark.parametrize(
-    ("does", "kind", "reason"),
-    [
-        ("other-a", "merged", "its A is another than the one it was given (cosine "),
-        ("thousandfold", "merged", "times the median of the others"),
-        ("moves-a", "client_failed", "its A must rest in this round, and "),
-        ("nan", "client_failed", "its adapter has NaN or infinity in "),
-        ("narrow", "client_failed", " came back as "),
-        ("unknown-name", "client_failed", "its adapter has the unknown tensor model.nothing"),
-    ],
-)
-def test_a_client_that_sends_what_it_should_not_is_excluded_and_said(
+SENT = {
+    "other-a": ("merged", "its A is another than the one it was given (cosine "),
+    "thousandfold": ("merged", "times the median of the others"),
+    "moves-a": ("client_failed", "its A must rest in this round, and "),
+    "nan": ("client_failed", "its adapter has NaN or infinity in "),
+    "narrow": ("client_failed", " came back as "),
+    "unknown-name": ("client_failed", "its adapter has the unknown tensor model.nothing"),
+}
+"""What is wrong with a client's adapter, the event that says so, and what it says."""
+
+
+def test_clients_that_send_what_they_should_not_are_excluded_and_said(
     tmp_path: Path,
     configuration: Document,
     write_configuration: Callable[[Document], Path],
     prufed: Callable[..., subprocess.CompletedProcess[str]],
     prufed_home: Path,
-    does: str,
-    kind: str,
-    reason: str,
 ) -> None:
-    path = write_configuration(federation(configuration, tmp_path, None, does, None, None))
-    result = prufed("federate", "--clients", str(path))
+    document = federation(configuration, tmp_path, *[None] * 5, *SENT)
+    result = prufed("federate", "--clients", str(write_configuration(document)))
     assert result.returncode == 0, result.stderr
     [merged] = events(prufed_home, "merged")
-    assert merged["clients"] == ["c0", "c2", "c3"]
-    if kind == "merged":
-        assert list(merged["excluded"]) == ["c1"]
-        assert reason in merged["excluded"]["c1"]
-    else:
-        [failed] = events(prufed_home, "client_failed")
-        assert failed["client"] == "c1"
-        assert reason in failed["reason"]
-    [said] = [line for line in result.stderr.splitlines() if "c1 is excluded" in line]
-    assert said.startswith("warning: client c1 is excluded from the ")
-    assert reason in said
+    assert merged["clients"] == ["c0", "c1", "c2", "c3", "c4"]
+    reasons = {"merged": merged["excluded"]}
+    failed = events(prufed_home, "client_failed")
+    reasons["client_failed"] = {event["client"]: event["reason"] for event in failed}
+    assert sum(map(len, reasons.values())) == len(SENT)
+    for index, (kind, reason) in enumerate(SENT.values(), start=5):
+        assert reason in reasons[kind][f"c{index}"]
+        [said] = [line for line in result.stderr.splitlines() if f"c{index} is excluded" in line]
+        assert said.startswith(f"warning: client c{index} is excluded from the ")
+        assert reason in said
 
 
 def test_entries_that_a_clients_mask_lacks_are_no_update(

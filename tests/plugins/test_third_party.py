@@ -21,6 +21,8 @@ from typing import Any
 
 import pytest
 
+from prufed_plugins.discover import catalog
+
 pytestmark = pytest.mark.slow
 
 PACKAGES = Path(__file__).parent / "packages"
@@ -500,6 +502,7 @@ def test_a_method_that_cannot_be_made_fails_its_check(python: Path) -> None:
 
 
 def test_checking_everything_counts_what_could_not_be_loaded(python: Path) -> None:
+    """Every built-in method keeps its contracts, or says why not."""
     result = prufed(python, "plugins", "check", "--all", "--json")
     assert result.returncode == 1
     found = json.loads(result.stdout)
@@ -517,6 +520,15 @@ def test_checking_everything_counts_what_could_not_be_loaded(python: Path) -> No
         "needy": "needs prufed-absent-one, prufed-absent-two, not installed",
         "lost": False,
     }
+    built_in = [method for method in found["methods"] if method["distribution"] == "prufed"]
+    assert [(one["kind"], one["name"]) for one in built_in] == [
+        (entry.kind, entry.name) for entry in catalog().entries.values() if entry.builtin
+    ]
+    assert [one["name"] for one in built_in if not one["passed"]] == []
+    # which merges sub-models that the kit does not have
+    assert [one["name"] for one in built_in if one["skipped"]] == ["fedspallm"]
+    [explicit] = [one for one in built_in if one["name"] == "explicit"]
+    assert explicit["settings"] == {"layers": [0, 2]}
 
 
 def test_help_does_not_load_plugins(python: Path) -> None:

@@ -262,10 +262,11 @@ def merge_artifacts(base: Path | str, clients: str, **changes: Any) -> Artifact:
     return prune(request, device="cpu").artifact
 
 
-def test_every_architecture_is_merged(
-    model: Any, saved: Callable[..., Path], client: Prune
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "opt", "gpt2"])
+def test_every_layout_of_matrices_is_merged(
+    new_model: Callable[..., Any], saved: Callable[..., Path], client: Prune, architecture: str
 ) -> None:
-    base = saved(model)
+    base = saved(new_model(architecture))
     parts = [client(base, name, sparsity=0.6) for name in ("one", "two")]
     made = merge_artifacts(base, "one,two", sparsity=0.6)
     masks = [load_masks(part.path / MASKS_FILE) for part in parts]
