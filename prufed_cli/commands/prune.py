@@ -94,8 +94,8 @@ def command(
     """Make a smaller model out of a larger one and print its reference.
 
     Element-wise methods (sparsegpt, wanda, magnitude) take --sparsity or --pattern; layer methods
-    (top, symmetric, contribution, angular ...) take --layers, --sparsity or --set keep=N.
-    `prufed plugins` lists all of them.
+    (top, symmetric, contribution, angular ...) take --layers, --sparsity or --set keep=N;
+    fedspallm merges what clients pruned: --set clients=a,b,c. `prufed plugins` lists all of them.
 
     The model may be larger than memory. An interrupted prune of entries goes on after its last
     finished block when the same command is given again, and ends with the same bytes.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
-from prufed_cli.errors import USAGE, PrufedError
+from prufed_cli.errors import NOT_FOUND, USAGE, PrufedError
 from prufed_plugins.settings import holds_sub_models
 
 if TYPE_CHECKING:
@@ -26,18 +27,10 @@ def find_sub_models(
         NotFound: there is no such artifact.
         PrufedError: one is no sub-model of the base with all its layers, or is given twice.
     """
-    from prufed_cli.pruning.request import method_settings
-    from prufed_plugins.discover import catalog
-
-    params = catalog().get("pruner", request.method).method.params
-    keys = [name for name, field in params.model_fields.items() if holds_sub_models(field)]
-    if not keys:
-        return request, ()
-    given = params.model_validate(method_settings(request))
     found: list[Artifact] = []
     settings: dict[str, Any] = dict(request.settings or {})
-    for key in keys:
-        artifacts = [_sub_model(str(path), base, registry) for path in getattr(given, key)]
+    for key, references in _references(request).items():
+        artifacts = [_sub_model(reference, base, registry) for reference in references]
         artifacts.sort(key=lambda artifact: artifact.digest)
         settings[key] = [str(artifact.path) for artifact in artifacts]
         found += artifacts
@@ -53,14 +46,52 @@ def find_sub_models(
     return replace(request, settings=settings), tuple(found)
 
 
-def _sub_model(reference: str, base: Artifact, registry: Registry) -> Artifact:
+def base_of_sub_models(request: PruneRequest, registry: Registry) -> str | None:
+    """Return the model that sub-models were pruned from, where a request names any.
+
+    Raises:
+        NotFound: there is no such sub-model.
+        PrufedError: the model is not in the registry.
+    """
+    for reference in chain.from_iterable(_references(request).values()):
+        artifact = _named(reference, registry)
+        for parent in artifact.manifest.parents[:1]:
+            known = (each.ref for each in registry.list() if each.digest == parent.digest)
+            if (base := next(known, None)) is not None:
+                return base
+            raise PrufedError(
+                f"{artifact.ref} was pruned from {parent.ref}, which is not in the registry",
+                "give the same model with --base",
+                NOT_FOUND,
+            )
+    return None
+
+
+def _references(request: PruneRequest) -> Mapping[str, Sequence[str]]:
+    """Return what a request names in each parameter that takes sub-models."""
+    from prufed_cli.pruning.request import method_settings
+    from prufed_plugins.discover import catalog
+
+    params = catalog().get("pruner", request.method).method.params
+    keys = [name for name, field in params.model_fields.items() if holds_sub_models(field)]
+    if not keys:
+        return {}
+    given = params.model_validate(method_settings(request))
+    return {key: list(map(str, getattr(given, key))) for key in keys}
+
+
+def _named(reference: str, registry: Registry) -> Artifact:
     if "/" in reference:
         raise PrufedError(
             f"{reference} is no artifact",
             "`prufed import DIR` makes one of what a client sent, and checks it",
             USAGE,
         )
-    artifact = registry.resolve(reference)
+    return registry.resolve(reference)
+
+
+def _sub_model(reference: str, base: Artifact, registry: Registry) -> Artifact:
+    artifact = _named(reference, registry)
     details = artifact.manifest.details
     if artifact.kind != "pruned" or details.get("result") != "masked":
         raise PrufedError(

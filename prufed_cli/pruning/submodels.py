@@ -173,7 +173,7 @@ def _job(requests: Sequence[PruneRequest], options: PruneOptions) -> Job:
     from prufed_cli.evaluation.perplexity import read_text
     from prufed_cli.home import open_registry
     from prufed_cli.models.base import choose_device, choose_dtype, find_base, stored_dtype
-    from prufed_cli.pruning.merged import find_sub_models
+    from prufed_cli.pruning.merged import base_of_sub_models, find_sub_models
     from prufed_plugins.discover import build
 
     reporter = options.get("reporter", SILENT)
@@ -184,7 +184,7 @@ def _job(requests: Sequence[PruneRequest], options: PruneOptions) -> Job:
     chosen = choose_dtype(options.get("dtype", "auto"), device)
     text = None if first.perplexity is None else read_text(Path(first.perplexity))
     registry = options.get("registry") or open_registry()
-    base = find_base(first.base, registry, reporter)
+    base = find_base(first.base or base_of_sub_models(first, registry), registry, reporter)
     reporter.note(f"base {base.ref}")
     first, merged = find_sub_models(first, base, registry)
     if merged:

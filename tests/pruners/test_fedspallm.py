@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -256,9 +257,10 @@ def client(tmp_path: Path) -> Prune:
     return make
 
 
-def merge_artifacts(base: Path | str, clients: str, **changes: Any) -> Artifact:
+def merge_artifacts(base: Path | str | None, clients: str, **changes: Any) -> Artifact:
     settings = {"clients": clients, **changes.pop("settings", {})}
-    request = PruneRequest(base=str(base), method="fedspallm", settings=settings, **changes)
+    given = None if base is None else str(base)
+    request = PruneRequest(base=given, method="fedspallm", settings=settings, **changes)
     return prune(request, device="cpu").artifact
 
 
@@ -303,6 +305,7 @@ def test_order_and_names_are_no_part_of_what_is_merged(
     parts = [client(base, name) for name in ("one", "two", "three")]
     made = merge_artifacts(base, "one,two,three", sparsity=0.5)
     assert merge_artifacts(base, "three, two@v1, one@latest", sparsity=0.5) == made
+    assert merge_artifacts(None, "two,three,one", sparsity=0.5) == made  # their base is known
     assert merge_artifacts(base, "one,two", sparsity=0.5) != made
     parents = {parent.digest for parent in made.manifest.parents[1:]}
     assert parents == {part.digest for part in parts}
@@ -371,3 +374,16 @@ def test_only_masked_sub_models_of_the_base_are_merged(
         assert refused.value.exit_code == USAGE
     with pytest.raises(NotFound):
         merge_artifacts(base, "good,nobody", sparsity=0.5)
+
+
+def test_sub_models_whose_base_is_elsewhere_are_refused(
+    llama: Any, saved: Callable[..., Path], client: Prune, tmp_path: Path
+) -> None:
+    sent = client(saved(llama), "alone").path
+    server = Registry(tmp_path / "server")
+    server.import_directory(sent, name="alone")
+    request = PruneRequest(method="fedspallm", settings={"clients": ["alone"]})
+    with pytest.raises(PrufedError, match=r"pruned from base@v1, which is not in the registry"):
+        prune(request, registry=server, device="cpu")
+    request = replace(request, base=str(saved(llama)))
+    assert prune(request, registry=server, device="cpu").artifact.ref == "base-fedspallm@v1"
