@@ -184,7 +184,8 @@ def _job(requests: Sequence[PruneRequest], options: PruneOptions) -> Job:
     chosen = choose_dtype(options.get("dtype", "auto"), device)
     text = None if first.perplexity is None else read_text(Path(first.perplexity))
     registry = options.get("registry") or open_registry()
-    base = find_base(first.base or base_of_sub_models(first, registry), registry, reporter)
+    wanted = base_of_sub_models(first, registry) if first.base is None else first.base
+    base = find_base(wanted, registry, reporter)
     reporter.note(f"base {base.ref}")
     first, merged = find_sub_models(first, base, registry)
     if merged:
