@@ -425,12 +425,12 @@ def base_masks(artifact: Artifact) -> Mapping[str, Tensor] | None:
 
 
 def base_of(adapter: Artifact, registry: Registry) -> Artifact:
-    """Return the model an adapter was trained on, checked by digest.
+    """Return the model an adapter, or a sub-model, was made from, checked by digest.
 
     PEFT loads silently on a wrong base of the same shape, so the digest is compared first.
 
     Raises:
-        PrufedError: the base is gone, or is not the one the adapter was trained on.
+        PrufedError: the base is gone, or is not the one it was made from.
     """
     from prufed_cli.errors import INTEGRITY
 
@@ -439,7 +439,7 @@ def base_of(adapter: Artifact, registry: Registry) -> Artifact:
         if candidate is not None and candidate.kind in MODEL_KINDS:
             if candidate.digest != parent.digest:
                 raise PrufedError(
-                    f"{adapter.ref} was trained on {parent.ref} ({parent.digest[:19]}), "
+                    f"{adapter.ref} was made from {parent.ref} ({parent.digest[:19]}), "
                     f"but that is now {candidate.digest[:19]}",
                     "`prufed verify` shows what changed",
                     INTEGRITY,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
-from prufed_cli.errors import NOT_FOUND, USAGE, PrufedError
+from prufed_cli.errors import USAGE, PrufedError
 from prufed_plugins.settings import holds_sub_models
 
 if TYPE_CHECKING:
@@ -53,18 +53,13 @@ def base_of_sub_models(request: PruneRequest, registry: Registry) -> str | None:
         NotFound: there is no such sub-model.
         PrufedError: the model is not in the registry.
     """
-    for reference in chain.from_iterable(_references(request).values()):
-        artifact = _named(reference, registry)
-        for parent in artifact.manifest.parents[:1]:
-            known = (each.ref for each in registry.list() if each.digest == parent.digest)
-            if (base := next(known, None)) is not None:
-                return base
-            raise PrufedError(
-                f"{artifact.ref} was pruned from {parent.ref}, which is not in the registry",
-                "give the same model with --base",
-                NOT_FOUND,
-            )
-    return None
+    from prufed_cli.models.base import base_of
+
+    first = next(chain.from_iterable(_references(request).values()), None)
+    if first is None:
+        return None
+    artifact = _named(first, registry)
+    return base_of(artifact, registry).ref if artifact.kind == "pruned" else None
 
 
 def _references(request: PruneRequest) -> Mapping[str, Sequence[str]]:

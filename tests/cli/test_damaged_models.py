@@ -324,7 +324,7 @@ def test_an_adapter_whose_base_has_another_digest(
 ) -> None:
     republished(registry, adapter, [Parent(ref="tiny@v1", digest="sha256:" + "0" * 64)])
     for called in merging_and_scoring(prufed, calibration_file, tmp_path / "out"):
-        called.refused(5, "odd@v1 was trained on tiny@v1", "but that is now")
+        called.refused(5, "odd@v1 was made from tiny@v1", "but that is now")
     assert not (tmp_path / "out").exists()
 
 
