@@ -7,12 +7,16 @@ import errno
 import importlib
 import os
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import typer
 import typer.core
 
 from prufed_cli import errors
 from prufed_cli.main import VERBS
+
+if TYPE_CHECKING:
+    from prufed_registry.errors import RegistryError
 
 typer.core.HAS_RICH = False
 # typer 0.20 writes `\[required]` into plain help pages where it knows of rich, which is not used.
@@ -91,25 +95,31 @@ def _report(error: Exception) -> int:
         path = context.command_path if context else "prufed"
         print_error(format_message(), f"`{path} --help` lists the options")
         return errors.USAGE
-    return _report_storage(error)
+    return _report_system(error)
 
 
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 
 
-def _report_storage(error: Exception) -> int:
+def _report_system(error: Exception) -> int:
+    """Print that the system has no memory, no room or no permission; anything else is a bug."""
     from prufed_cli.home import home
+    from prufed_cli.out_of_memory import is_out_of_memory, out_of_memory_error
     from prufed_cli.output import print_error
     from prufed_registry.durable import full_disk_error, is_full_disk
 
-    if is_full_disk(error):
+    told: errors.PrufedError | RegistryError
+    if is_out_of_memory(error):
+        told = out_of_memory_error()
+    elif is_full_disk(error):
         told = full_disk_error(f"write {getattr(error, 'filename', None) or home()}", error)
-        print_error(told.message, told.hint)
-        return errors.FAILED
-    if isinstance(error, OSError) and error.errno in _REFUSED:
-        print_error(
+    elif isinstance(error, OSError) and error.errno in _REFUSED:
+        told = errors.PrufedError(
             f"cannot use {error.filename or home()}: {(error.strerror or str(error)).lower()}",
             "check the path and its permissions; PRUFED_HOME says where prufed keeps its files",
         )
-        return errors.FAILED
-    raise error
+    else:
+        raise error
+    notes = getattr(error, "__notes__", ())  # how what was cut off goes on
+    print_error(told.message, "; ".join([told.hint, *notes] if told.hint else notes))
+    return errors.FAILED

@@ -24,6 +24,7 @@ from prufed_cli.models.base import (
     load_tokenizer,
 )
 from prufed_cli.models.prompts import tokenize_rows
+from prufed_cli.out_of_memory import is_out_of_memory
 from prufed_cli.progress import SILENT, Reporter
 from prufed_plugins.api import TrainingData, Tuner, TuneResult, TuneStep
 from prufed_plugins.errors import MethodError
@@ -137,7 +138,9 @@ class LocalEngine:
                 result = self._tune(job, on_step)
             except (MethodError, PrufedError) as error:
                 reason = error.message
-            except (torch.OutOfMemoryError, MemoryError):
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
                 reason = "out of memory; lower micro_batch_size or cutoff"
             yield Outcome(job, result, reason, time.monotonic() - started)
 

@@ -11,8 +11,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
-import torch
-
 from prufed_cli.errors import PrufedError
 from prufed_cli.federation.artifacts import publish_client
 from prufed_cli.federation.local import Job, make_tuner
@@ -20,6 +18,7 @@ from prufed_cli.federation.resting import resting_factors
 from prufed_cli.federation.seeds import derive
 from prufed_cli.federation.standing import masks_of, start_of
 from prufed_cli.federation.tuning import client_parents, client_recipe
+from prufed_cli.out_of_memory import is_out_of_memory
 from prufed_plugins.aggregators.streaming import aggregate
 from prufed_plugins.api import FirstGradient, Update
 from prufed_plugins.errors import MethodError
@@ -99,7 +98,9 @@ def _first_gradient(
         )
     except MethodError as error:
         raise PrufedError(f"client {client.name}: {error.message}", error.hint) from error
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         raise PrufedError(
             f"client {client.name}: out of memory while its first gradient was taken",
             "lower aggregator.batch_size or tuner.cutoff",

@@ -60,7 +60,10 @@ def parse_size(text: str) -> int:
 
 
 def available_memory(process: Path = _PROCESS, mount: Path = _MOUNT) -> int:
-    """Return the bytes that may be used: what is free, here or in this container, less a tenth.
+    """Return the bytes that may be used, less a tenth.
+
+    That is what is free on this machine and left of every limit: of this container, of a job's
+    control group, of ``ulimit -v``.
 
     Args:
         process: says which control groups this process is in.
@@ -68,8 +71,22 @@ def available_memory(process: Path = _PROCESS, mount: Path = _MOUNT) -> int:
     """
     import psutil
 
-    free = min([int(psutil.virtual_memory().available), *_left_in_groups(process, mount)])
-    return int(max(free, 0) * (1 - _RESERVE))
+    free = int(psutil.virtual_memory().available)
+    left = min([free, *_left_in_groups(process, mount), *_left_of_addresses()])
+    return int(max(left, 0) * (1 - _RESERVE))
+
+
+def _left_of_addresses() -> Iterator[int]:
+    """Yield what ``ulimit -v`` leaves to this process, where it is set."""
+    import psutil
+
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        yield limit - int(psutil.Process().memory_info().vms)
 
 
 def _left_in_groups(process: Path, mount: Path) -> Iterator[int]:

@@ -311,7 +311,7 @@ def _can_be_resumed(job: Job, work: WorkDirectory, total: int) -> Iterator[None]
     """Say how work that is cut off goes on, and drop work that a method refuses to finish."""
 
     def how() -> str | None:
-        done = work.finished(len(job.submodels), total)
+        done = work.stated(len(job.submodels), total)
         if done == 0 or job.pruner.result == "sliced":
             return None
         return f"the same command goes on after block {done} of {total}"

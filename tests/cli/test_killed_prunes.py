@@ -139,7 +139,22 @@ def test_killed_again_and_again(
     assert not (prufed_home / "prunes").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits no other process here")
+def test_a_prune_that_runs_out_of_memory_says_so_and_goes_on(
+    fork: Start, prufed: Call, registry: Registry, prufed_home: Path, slow: tuple[object, ...]
+) -> None:
+    child = fork(*slow)
+    wait_for(child, lambda: finished(prufed_home) >= 1)
+    resource.prlimit(child.pid, resource.RLIMIT_AS, (2**20, 2**20))
+    _, err = child.communicate(timeout=60)
+    done = finished(prufed_home)
+    assert child.returncode == 1, err
+    assert "error: out of memory\n" in err
+    assert f"; the same command goes on after block {done} of 4" in err
+    assert "Traceback" not in err
+    assert f"resuming after block {done} of 4" in prufed(*slow).err
+
+
 def flip(content: bytes) -> bytes:
     """Flip a bit in the last tensor, or in the last number."""
     place = len(content) - 5

@@ -1,9 +1,11 @@
-"""What may be held is the least that any control group around this process leaves."""
+"""What may be held is the least that any limit of this process leaves."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from prufed_cli.pruning.memory import available_memory
@@ -103,3 +105,17 @@ def test_a_group_that_has_used_more_than_its_limit_leaves_nothing(
 ) -> None:
     group(mount / "job", 10**6, 2 * 10**6)
     assert available_memory(process(tmp_path, "0::/job"), mount) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others do not hold to this limit")
+def test_a_limit_of_addresses_counts_what_the_process_has_taken() -> None:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    taken = psutil.Process().memory_info().vms
+    resource.setrlimit(resource.RLIMIT_AS, (taken + 2**28, hard))
+    try:
+        found = available_memory()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert 2**27 < found <= 2**28 * 0.9 + 2**20
