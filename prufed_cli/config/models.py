@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from prufed_cli.config.pruners import drops_layers
+from prufed_cli.models.adapter_spec import FactorMask, Rescale
 from prufed_registry.names import is_name
 
 ROOT: Final = "root"
@@ -213,8 +214,6 @@ class TunerOverride(MethodSection):
 # --- adapters, data, evaluation ------------------------------------------------------------------
 
 Preset = Literal["lego", "lego-literal", "sparse-peft", "dense"]
-FactorMask = Literal["none", "nested", "magnitude", "rank", "structured"]
-Rescale = Literal["density", "none"]
 
 
 class AdapterConfig(Section):

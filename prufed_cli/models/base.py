@@ -37,6 +37,7 @@ SMALL_MODEL: Final = 20_000_000
 """Parameters below which one thread is faster than two."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
+_NO_DECODER: Final = r"Unrecognized configuration class <class '(?:\w+\.)*(\w+)'>.*"
 
 
 @dataclass(frozen=True)
@@ -316,9 +317,8 @@ def cannot_open(ref: str, error: Exception) -> PrufedError:
         (hint for words, hint in hints.items() if words in str(error)),
         f"`prufed verify {ref}` checks its files",
     )
-    return PrufedError(
-        f"{ref} cannot be opened as a causal language model: {first_line(error)}", hint
-    )
+    said = re.sub(_NO_DECODER, r"transformers makes none of a \1", first_line(error))
+    return PrufedError(f"{ref} cannot be opened as a causal language model: {said}", hint)
 
 
 def open_configuration(artifact: Artifact, *, trust_remote_code: bool = False) -> PretrainedConfig:

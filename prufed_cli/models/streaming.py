@@ -254,7 +254,7 @@ class StreamedDecoder:
         below = "" if model.base_model is model else f"{model.base_model_prefix}."
         return [
             name
-            for name in self._skeleton.stored
+            for name in (*self._skeleton.stored, *self._skeleton.tied)
             if name.startswith(below) and self._skeleton.block_of(name) is None
         ]
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from prufed_cli.disk import check_room
 from prufed_cli.errors import INTEGRITY, USAGE, PrufedError
 from prufed_cli.progress import SILENT, Reporter
 from prufed_plugins.api import MASKS_FILE
@@ -182,12 +183,7 @@ def _check_stated(directory: Path, target: Path, manifest: Manifest, paths: list
                 INTEGRITY,
             )
         total += stated.size
-    free = shutil.disk_usage(target).free
-    if total > free:
-        raise PrufedError(
-            f"{directory} unpacks to {total:,} bytes, and {target} has room for {free:,}",
-            "free some space (`prufed gc` may help)",
-        )
+    check_room(f"what is packed in {directory} needs", {target: total})
 
 
 def _masks(directory: Path) -> Mapping[str, Tensor]:

@@ -84,7 +84,7 @@ class Job:
     """One pass: one sub-model, or several nested ones.
 
     Attributes:
-        submodels: what is to be made; more than one only where ``nested``.
+        submodels: what is to be made; in one pass where ``nested``, else in a pass each.
         nested: whether the sub-models lie inside one another and share the pass.
         pruner: the method.
         base: what is pruned.

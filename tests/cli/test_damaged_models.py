@@ -142,10 +142,18 @@ def test_directories_that_are_no_model(
         (configured(num_hidden_layers=6), 5, "lacks weights that its config.json speaks of"),
         (configured(hidden_size=64), 5, "but config.json makes it"),
         (configured(model_type="unheard-of"), 1, "cannot be opened as a causal language model"),
+        (configured(model_type="vit"), 1, "transformers makes none of a ViTConfig"),
         (not_a_number, 2, "up_proj.weight holds NaN or infinity"),
         (code_of_its_own, 1, "cannot be opened as a causal language model"),
     ],
-    ids=["missing-tensors", "wrong-shape", "unknown-architecture", "nan", "code-of-its-own"],
+    ids=[
+        "missing-tensors",
+        "wrong-shape",
+        "unknown-architecture",
+        "no-decoder",
+        "nan",
+        "code-of-its-own",
+    ],
 )
 def test_models_that_cannot_be_pruned(
     prufed: Call,

@@ -53,6 +53,7 @@ from prufed_cli.pruning.plan import layouts_of, look_at_layouts
 from prufed_cli.pruning.scores import streamed_perplexity
 from prufed_plugins.api import MASKS_FILE, PruneTarget
 from prufed_plugins.discover import build
+from prufed_plugins.errors import MethodError
 from prufed_plugins.mask_files import load_masks, save_masks
 from prufed_registry import Artifact, Registry
 from prufed_registry.errors import InvalidRequest, RegistryError
@@ -123,6 +124,31 @@ def test_half_precision_gives_the_same_bytes(
     assert {tensor.dtype for tensor in load_file(made.path / "model.safetensors").values()} == {
         dtype
     }
+
+
+def test_a_token_embedding_that_is_tied_to_another_parameter(
+    saved: Save, text: Path, tmp_path: Path, registry: Registry
+) -> None:
+    """ProphetNet's decoder has it under a second name. Alone, it attends to no encoder."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "prophetnet",
+        hidden_size=32,
+        decoder_ffn_dim=64,
+        num_encoder_layers=3,
+        num_decoder_layers=3,
+        num_decoder_attention_heads=4,
+        vocab_size=97,
+        is_decoder=True,
+        is_encoder_decoder=False,
+    )
+    base = saved(AutoModelForCausalLM.from_config(config))
+    with pytest.raises(MethodError, match=r"cross_attn\.key_proj received no calibration input"):
+        prune(request(base, text))
+    wanted = request(base, text, settings={"exclude": "*cross_attn*"})
+    made = prune(wanted, device="cpu").artifact
+    in_memory(find_base(wanted.base, registry), wanted, tmp_path)
+    same_files(made.path, tmp_path, MODEL_FILES)
 
 
 def test_a_sliced_model_has_the_bytes_transformers_gives_it(
