@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -231,15 +230,16 @@ def stated_dtype(artifact: Artifact) -> str | None:
 
 
 def share_cores(parameters: int) -> None:
-    """Give a small model one thread and a larger one all of them, on the CPU.
+    """Give a small model one thread and a larger one as many as torch had, on the CPU.
 
     The kernels of a small model take microseconds. Threads that wait for one another at the end of
     each cost more than they bring, and ten times as much where another process wants the cores too.
     """
     import torch
 
-    available = _threads_at_start()
-    torch.set_num_threads(1 if parameters < SMALL_MODEL else available)
+    if torch.get_num_threads() != _threads.given:  # chosen since by whoever calls
+        _threads.wanted = torch.get_num_threads()
+    _give_threads(1 if parameters < SMALL_MODEL else _threads.wanted)
 
 
 @contextmanager
@@ -251,14 +251,25 @@ def threads_restored() -> Iterator[None]:
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        _give_threads(before)
 
 
-@cache
-def _threads_at_start() -> int:
+@dataclass
+class _Threads:
+    """How many threads the caller wants torch to have, and how many it was given here last."""
+
+    wanted: int = 0
+    given: int = 0
+
+
+_threads: Final = _Threads()
+
+
+def _give_threads(count: int) -> None:
     import torch
 
-    return torch.get_num_threads()
+    torch.set_num_threads(count)
+    _threads.given = count
 
 
 def load_model(

@@ -1,10 +1,11 @@
 """How long a pass takes: its operations, counted, at rates measured on this machine just before.
 
 A block's forward pass is timed itself, on a batch. What pruning adds is counted in three units,
-each measured for some milliseconds: multiply-adds of a large product, passes over the entries of an
-array, and single small operations. The factors below say how far the parts of the work fall short
-of those rates; they were fitted to the times that the parts take on one thread. A benchmark,
-``tests/benchmarks/test_plan_time.py``, prints what they foretell beside what prunes take.
+each measured for some milliseconds: multiply-adds of a large product, selecting the smaller half of
+some entries, and single small operations. The factors below say what the parts of the work come to
+in these units; they were fitted to prunes of random Llamas of 100 and 290 M parameters by one and
+two threads of an AMD Zen 5. A benchmark, ``tests/benchmarks/test_plan_time.py``, prints what they
+foretell beside what prunes take.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 _SIDE: Final = 512
-_ENTRIES: Final = 1 << 22
+_ENTRIES: Final = 1 << 20
 _STEPS: Final = 200
 _WINDOW: Final = 0.05
 """Seconds over which a rate is taken: several time slices of a core that is shared."""
@@ -32,24 +33,30 @@ _SWEEP: Final = (1 / 2 + 1 / 5) / 0.7
 error is relative to, over their speed."""
 _BLOCK: Final = 280
 """Multiply-adds per entry inside a block of columns."""
-_COLUMN: Final = 25
+_COLUMN: Final = 16
 """Small operations per column that is pruned."""
-_SWEPT: Final = 24
-"""Passes over a matrix to score, select and sweep its entries, and to sum up the error."""
-_CHOSEN: Final = 11
-"""Passes over a matrix to score its entries by its inputs, and select them at once."""
-_SMALLEST: Final = 2
-"""Passes over a matrix to select its smallest entries."""
-_MERGED: Final = 4
-"""Passes over a matrix to read it in one of the sub-models that are merged, check it and add it."""
-_VOTED: Final = 12
-"""Passes over a matrix to count votes and select by them."""
-_MATRIX: Final = 8
-"""Passes over a matrix to read, check, apply, pack and write it."""
-_PUBLISHED: Final = 7
-"""Passes over a sub-model to put it together, write it and hash it."""
-_LOGITS: Final = 4
-"""Passes over the logits to score tokens by them."""
+
+# From here on per entry, in selections of one.
+_SWEPT: Final = 2
+"""To score, select and sweep the entries of a matrix, and to sum up the error."""
+_CHOSEN: Final = 2
+"""To score the entries of a matrix by its inputs, and select them at once."""
+_SMALLEST: Final = 1.5
+"""To select the smallest entries of a matrix."""
+_MERGED: Final = 2.5
+"""To read a matrix in one of the sub-models that are merged, check it and add it."""
+_VOTED: Final = 8
+"""To count the votes on a matrix and select by them."""
+_MATRIX: Final = 2.5
+"""To check a matrix, apply what was chosen, and pack its mask."""
+_LOGITS: Final = 1
+"""To score tokens by their logits."""
+
+# And per byte.
+_WRITTEN: Final = 1
+"""To read a block and write it."""
+_PUBLISHED: Final = 1.6
+"""To put a sub-model together, write it and hash it."""
 _START: Final = 0.05
 """Seconds that a block takes however small it is."""
 
@@ -60,7 +67,8 @@ class Rates:
 
     Attributes:
         product: seconds of one multiply-add of a large float32 product.
-        entry: seconds to read one float32 entry and write it to new memory.
+        entry: seconds to select among many entries, per entry, on one thread, as most of what goes
+            over the entries of a matrix runs on one.
         step: seconds of one operation on a few entries.
     """
 
@@ -75,6 +83,7 @@ class BlockWork:
 
     Attributes:
         shapes: (rows, columns) of the matrices to prune.
+        width: bytes that an entry is stored in.
         inputs: columns of every distinct input of them.
         tokens: calibration tokens.
         forward: seconds in which all of them go through the block once.
@@ -85,6 +94,7 @@ class BlockWork:
     """
 
     shapes: Sequence[tuple[int, int]]
+    width: int
     inputs: Sequence[int]
     tokens: int
     forward: float
@@ -99,27 +109,30 @@ def measure_rates(device: torch.device) -> Rates:
     import torch
 
     from prufed_plugins.products import product
+    from prufed_plugins.pruners.selection import smallest
+    from prufed_plugins.threads import one_thread
 
     square = torch.ones(_SIDE, _SIDE, device=device)
-    array = torch.ones(_ENTRIES, device=device)
+    entries = torch.rand(1, _ENTRIES, device=device)
     few = torch.ones(64, device=device)
     scaled = few.clone()
 
     def multiply() -> None:
         product(square, square)
 
-    def copy() -> None:
-        array.clone()  # into new memory, as nearly every pass over a matrix does
+    def select() -> None:
+        with one_thread():
+            smallest(entries, _ENTRIES // 2)
 
     def step() -> None:
         for _ in range(_STEPS):
             torch.mul(few, few, out=scaled)
 
-    for work in (multiply, copy, step):
+    for work in (multiply, select, step):
         work()
     return Rates(
         seconds_of(multiply, device) / _SIDE**3,
-        seconds_of(copy, device) / _ENTRIES,
+        seconds_of(select, device) / _ENTRIES,
         seconds_of(step, device) / _STEPS,
     )
 
@@ -151,7 +164,8 @@ def block_seconds(work: BlockWork, rates: Rates) -> float:
         choosing = _VOTED + work.merged * _MERGED
     for rows, columns in work.shapes:
         entries = rows * columns
-        seconds += work.targets * entries * (_MATRIX + choosing) * rates.entry
+        each = _MATRIX + choosing + _WRITTEN * work.width
+        seconds += work.targets * entries * each * rates.entry
         if work.hessians:
             once = entries * (_SWEEP * columns + _BLOCK) * rates.product
             seconds += work.targets * (once + columns * _COLUMN * rates.step)
@@ -162,9 +176,9 @@ def block_seconds(work: BlockWork, rates: Rates) -> float:
     return seconds
 
 
-def publish_seconds(entries: int, rates: Rates) -> float:
-    """Return how long a sub-model of so many entries takes to be put together and published."""
-    return entries * _PUBLISHED * rates.entry
+def publish_seconds(size: int, rates: Rates) -> float:
+    """Return how long a sub-model of so many bytes takes to be put together and published."""
+    return size * _PUBLISHED * rates.entry
 
 
 def head_seconds(vocabulary: int, hidden: int, rates: Rates) -> float:

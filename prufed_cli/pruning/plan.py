@@ -434,7 +434,7 @@ def _seconds(job: Job, skeleton: Skeleton, layouts: Sequence[Layout], begin: int
     batches = job.calibration.batches if job.calibration else []
     tokens = sum(each.numel() for each in batches)
     through = sum(len(layout.blocks) * layout.token for layout in layouts)  # all blocks, one token
-    stored = sum(math.prod(one.shape) for one in skeleton.stored.values())
+    stored = sum(math.prod(one.shape) * one.dtype.itemsize for one in skeleton.stored.values())
     seconds = len(job.submodels) * publish_seconds(stored, rates)
     if job.text is not None:
         # the base is scored before its first block is done
@@ -450,6 +450,7 @@ def _seconds(job: Job, skeleton: Skeleton, layouts: Sequence[Layout], begin: int
         forward = layout.token * tokens
         work = BlockWork(
             shapes=list(layout.shapes.values()),
+            width=job.dtype.itemsize,
             inputs=layout.inputs,
             tokens=tokens,
             forward=forward,

@@ -27,14 +27,14 @@ from prufed_plugins.pruners.hessian import InputHessian
 from tests.pruners.test_mixtures_of_experts import make_mixture
 
 RATES = Rates(product=1e-11, entry=2e-9, step=1e-6)
-WORK = BlockWork([(64, 32), (32, 64)], [32, 64], 1000, 0.5, 2, hessians=True, targets=1)
+WORK = BlockWork([(64, 32), (32, 64)], 2, [32, 64], 1000, 0.5, 2, hessians=True, targets=1)
 SIZES = st.integers(1, 10**4)
 
 
 @given(st.lists(st.tuples(SIZES, SIZES), min_size=1, max_size=8), SIZES, st.integers(0, 3))
 def test_more_work_takes_longer(shapes: list[tuple[int, int]], tokens: int, passes: int) -> None:
     columns = sorted({columns for _, columns in shapes})
-    work = BlockWork(shapes, columns, tokens, 0.1, passes, hessians=True, targets=1)
+    work = BlockWork(shapes, 2, columns, tokens, 0.1, passes, hessians=True, targets=1)
     seconds = block_seconds(work, RATES)
     assert block_seconds(replace(work, passes=passes + 1), RATES) > seconds
     assert block_seconds(replace(work, tokens=2 * tokens), RATES) > seconds

@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 from prufed_cli.errors import USAGE, PrufedError
 from prufed_cli.main import main
-from prufed_cli.models.base import slug
+from prufed_cli.models.base import SMALL_MODEL, share_cores, slug, threads_restored
 from prufed_cli.progress import Reporter, Task
 from prufed_cli.pruning import PruneRequest, PruneResult, prune, prune_several
 from prufed_cli.pruning.passes import run_pass
@@ -161,14 +161,35 @@ def test_requests_that_differ_in_their_method_are_not_made_together(
             prune_several([half, replace(other, sparsity=0.25)], registry=registry)
 
 
-def test_torch_has_as_many_threads_afterwards(llama: Any, saved: Save, registry: Registry) -> None:
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Set torch's number of threads."""
     before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        prune(magnitude(saved(llama)), registry=registry)
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_torch_has_as_many_threads_afterwards(
+    llama: Any, saved: Save, registry: Registry, threads: Callable[[int], None]
+) -> None:
+    threads(3)
+    prune(magnitude(saved(llama)), registry=registry)
+    assert torch.get_num_threads() == 3
+
+
+def test_a_large_model_has_the_threads_that_the_caller_wants(
+    threads: Callable[[int], None],
+) -> None:
+    for wanted in (3, 1, 2):
+        threads(wanted)
+        with threads_restored():
+            share_cores(SMALL_MODEL)
+            assert torch.get_num_threads() == wanted
+            share_cores(SMALL_MODEL - 1)
+            assert torch.get_num_threads() == 1
+            share_cores(SMALL_MODEL)
+            assert torch.get_num_threads() == wanted
+        assert torch.get_num_threads() == wanted
 
 
 def test_the_same_work_is_known_by_any_name_and_any_spelling(

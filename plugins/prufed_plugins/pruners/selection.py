@@ -184,17 +184,18 @@ def _drop_late_ties(chosen: Tensor, scores: Tensor, threshold: Tensor, count: in
     """
     surplus = _true_in_rows(chosen) - count
     rows = surplus.nonzero().squeeze(-1)
-    surplus, limits = surplus[rows, None], threshold[rows]
-    width = max(PIECE // rows.numel(), 1)
-    for end in range(scores.shape[1], 0, -width):
-        part = slice(max(end - width, 0), end)
-        tied = scores[rows, part] == limits
-        later = tied.flip(-1).cumsum(dim=-1, dtype=torch.int32).flip(-1)
-        dropped = tied & (later <= surplus)
-        chosen[rows, part] &= ~dropped
-        surplus -= dropped.sum(dim=-1, keepdim=True)
-        if not bool(surplus.any()):
-            return
+    end = scores.shape[1]
+    while rows.numel():
+        part = slice(max(end - max(PIECE // rows.numel(), 1), 0), end)
+        tied = scores[rows, part] == threshold[rows]
+        found, left = _true_in_rows(tied), surplus[rows]
+        within = found > left  # where the first of those that go is in this piece
+        if bool(within.any()):
+            later = tied[within].flip(-1).cumsum(dim=-1, dtype=torch.int32).flip(-1)
+            tied[within] &= later <= left[within, None]
+        chosen[rows, part] ^= tied
+        surplus[rows] = left - torch.minimum(found, left)
+        rows, end = rows[found < left], part.start
 
 
 def _true_in_rows(mask: Tensor) -> Tensor:
